@@ -32,7 +32,23 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-WORDS = "the union is strong and we will build a fair future for all people of this nation".split()
+WORDS = [
+    "the",
+    "union",
+    "is",
+    "strong",
+    "and",
+    "we",
+    "will",
+    "build",
+    "a",
+    "fair",
+    "future",
+    "for",
+    "all",
+    "of",
+    "us",
+]
 SPECIAL = ["<pad>", "</s>", "<s>", "<unk>"]
 VOCAB = 64
 
@@ -121,14 +137,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tiny: Callable[..., Path]) -> Path:
-    """The folder of a float32 Llama of two layers with grouped queries and an untied head, and a tokenizer."""
+    """The folder of a float32 Llama with grouped queries and an untied head, and of a tokenizer."""
     return tiny("llama")
 
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """Sentences of the tokenizer's words, each cut from one cycle, so that there is something to learn."""
-    return [" ".join(WORDS[(start + 5 * i) % len(WORDS)] for i in range(24)) for start in range(len(WORDS))]
+    return [" ".join(WORDS[(start + 4 * i) % len(WORDS)] for i in range(24)) for start in range(len(WORDS))]
 
 
 def random_model(architecture: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -23,11 +23,6 @@ WORDS = ["the", "union", "is", "strong", "and", "we", "will", "build", "a", "fai
 TEXT = " ".join(WORDS[(7 * i) % len(WORDS)] for i in range(400))
 
 
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 def run(*args: object) -> Result:
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
@@ -275,6 +270,17 @@ class TestFinetune:
         a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
         assert a == b
         assert a != c
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_trains_in_the_dtype_asked_for_wherever_it_runs(
+        self, dtype: str, quantized: Path, text: Path, tmp_path: Path
+    ) -> None:
+        output = tmp_path / "adapter"
+        succeed(
+            *("finetune", quantized, "--data", text, "--output", output, "--dtype", dtype),
+            *("--max-steps", 2, *self.FAST),
+        )
+        assert (output / "adapter_model.safetensors").is_file()
 
     def test_quantizes_on_the_way_with_a_backend(self, model: Path, text: Path, tmp_path: Path) -> None:
         output = tmp_path / "adapter"

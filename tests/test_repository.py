@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import modq
 import pytest
+
+import modq
 from modq.registry import KNOWN_PACKAGES
 from modq.spec import REQUIRED_HOOKS, Quantizer
 

@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+
 from modq import _autoload
 
 FIRST_LINES = [

@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import modq
 import pytest
+
+import modq
 
 
 def run(code: str) -> str:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
+
 from modq import options
 from modq.errors import ModqError, OptionError
 from modq.options import build_options, options_to_json, parse_settings

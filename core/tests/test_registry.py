@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from modq import registry
 from modq.errors import BackendError
 from modq.registry import Backend, Status, find, list_backends, load, options_class

@@ -77,10 +77,10 @@ class QuantLinear(nn.Linear):
     ) -> QuantLinear:
         """Do what `from_linear` does, with options already built."""
         layer = cls.like(linear, backend, options)
-        weight: Tensor = linear.weight.detach()  # type: ignore[assignment,operator]  # nn.Module types any attribute
+        weight: Tensor = linear.weight.detach()  # type: ignore[operator]  # nn.Module types any attribute
         layer.adopt(quantize_weight(weight.T if layer.conv1d else weight, backend, options, calibration))
         if linear.bias is not None:
-            layer.bias = linear.bias
+            layer.bias = linear.bias  # type: ignore[assignment]  # as above
         return layer
 
     @classmethod

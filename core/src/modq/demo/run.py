@@ -136,9 +136,9 @@ def run(say: Callable[[str], None], report: Report | None = None) -> Outcome:
 
 @torch.no_grad()
 def continue_prompt(model: Any, tokenizer: Any, prompt: str = PROMPT) -> str:
-    """Let the model continue a prompt, greedily: no luck in it."""
+    """Let the model continue a prompt, greedily: no luck in it. Small models loop, hence the penalty."""
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
-    out = model.generate(**encoded, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
+    out = model.generate(**encoded, max_new_tokens=SAMPLE_TOKENS, do_sample=False, repetition_penalty=1.2)
     text: str = tokenizer.decode(out[0], skip_special_tokens=True)
     return " ".join(text.split())
 

@@ -101,9 +101,7 @@ def rescale_channels(model: LlamaForCausalLM, generator: torch.Generator, sigma:
         _scale(mlp.up_proj, t[:, None])
         _scale(mlp.down_proj, 1 / t)
         u = factors(attention.v_proj.out_features)
-        per_query_head = u.view(config.num_key_value_heads, 1, -1).expand(
-            -1, repeats, -1
-        )  # [kv, repeats, head]
+        per_query_head = u.view(-1, 1, attention.head_dim).expand(-1, repeats, -1)  # [kv, repeats, head]
         _scale(attention.v_proj, u[:, None])
         _scale(attention.o_proj, 1 / per_query_head.reshape(-1))
 

@@ -28,10 +28,19 @@ def new_folder(final: Path) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
+        _flush(unfinished)
         require_free(final)  # os.rename would replace an empty folder without a word
         unfinished.rename(final)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # gone already if it was renamed
+
+
+def _flush(folder: Path) -> None:
+    """Have the disk hold every file before the final name does: a power cut must not leave it on empty ones."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def require_free(final: Path) -> None:

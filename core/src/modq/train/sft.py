@@ -142,6 +142,7 @@ def _arguments(model: Any, recipe: LoraRecipe, output: Path) -> Any:
         seed=recipe.seed,
         bf16=model.dtype == torch.bfloat16,
         fp16=model.dtype == torch.float16,
+        use_cpu=not torch.accelerator.is_available(),  # without it, bf16 on a CPU is refused
         gradient_checkpointing=recipe.gradient_checkpointing,
         logging_steps=recipe.report_every,
         save_strategy="no",  # the adapter is written once, at the end
