@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter, apply_converters
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
@@ -38,9 +38,8 @@ class ModqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
 
     def __init__(self, quantization_config: ModqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.quantization_config = deepcopy(
-            quantization_config
-        )  # one may serve many models; each is recorded
+        # The user's object may serve several models; what each became is recorded in a copy.
+        self.quantization_config = deepcopy(quantization_config)
         self.failure: ModqError | None = None
 
     # Loading
@@ -112,7 +111,7 @@ class ModqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         for name, layer in list(quantized_layers(model)):
             if any(tensor.is_meta for _, tensor in layer.named_packed()):
                 raise CheckpointError(
-                    f"{name} is offloaded; to dequantize the model, load it without offload (device_map='cpu')"
+                    f"{name} is offloaded; to dequantize the model, load it without (device_map='cpu')"
                 )
             model.set_submodule(name, _dense_layer(layer, dtype or layer.compute_dtype))
         return model
@@ -241,8 +240,8 @@ def _check_loaded(name: str, layer: QuantLinear) -> None:
     """Refuse a layer that the checkpoint did not fill: transformers only warns, and leaves garbage."""
     if layer.expects_dense:
         raise CheckpointError(
-            f"the checkpoint has no tensor {name}.weight to quantize; if it is to be trained anew, not missing, "
-            "name it in modules_to_not_convert"
+            f"the checkpoint has no tensor {name}.weight to quantize; is a shard missing? "
+            "What shall be trained anew belongs into modules_to_not_convert"
         )
     expected = layer.stored_specs()
     for tensor_name, tensor in layer.named_packed():
@@ -282,8 +281,8 @@ def _keep_packed_as_they_are(model: Any) -> None:
     def fuses_packed(conversion: Any) -> bool:
         if not isinstance(conversion, WeightConverter):
             return False
-        back = [conversion.reverse_transform()]
-        return any(apply_converters(name, back)[1] is not None for name in packed)
+        back = conversion.reverse_transform()
+        return any(back.rename_source_key(name)[1] is not None for name in packed)
 
     model._weight_conversions = [c for c in model._weight_conversions if not fuses_packed(c)]
 

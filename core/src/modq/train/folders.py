@@ -36,7 +36,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def _flush(folder: Path) -> None:
-    """Have the disk hold every file before the final name does: a power cut must not leave it on empty ones."""
+    """Have every file on the disk before it gets the final name: a power cut must not empty it."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
