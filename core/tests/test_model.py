@@ -99,6 +99,8 @@ def test_a_pattern_matches_whole_parts_of_a_name(name, pattern, skipped):
             "'nothing_like_it' matches no linear of the model; its linears are layers.0.up",
         ),
         ({"(": {}}, "is not a regex"),
+        ({"up": 4}, "'up' maps to 4, expected options or None"),
+        (["up"], "expected {regex: overrides}"),
         ({"up": {"bitz": 4}}, "has no option 'bitz'"),
     ],
 )

@@ -105,7 +105,8 @@ def _check_weight(weight: Tensor, backend: str, calibration: Calibration | None)
     check_shape(tuple(weight.shape), backend)
     if not weight.is_floating_point():
         raise DtypeError(f"weight is {weight.dtype}, expected a float dtype; is it quantized already?")
-    if not torch.isfinite(weight).all():
+    low, high = weight.detach().aminmax()  # NaN is propagated; no temporary of the weight's size
+    if not torch.isfinite(low) or not torch.isfinite(high):
         bad = int((~torch.isfinite(weight)).sum())
         raise WeightError(
             f"weight of shape {tuple(weight.shape)} has {bad} NaN or infinite values, expected none"

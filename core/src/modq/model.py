@@ -50,13 +50,16 @@ class Recipe:
 
     def check(self) -> None:
         """Build every scheme once, so that a wrong option is known before anything is loaded."""
+        if not isinstance(self.layers, Mapping):
+            raise OptionError(f"layers={self.layers!r}, expected {{regex: overrides}}")
         for pattern, overrides in self.layers.items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise OptionError(f"layers: {pattern!r} is not a regex: {error}") from None
+            _check_regex("layers", pattern)
+            if not (overrides is None or isinstance(overrides, Mapping)):
+                raise OptionError(f"layers: {pattern!r} maps to {overrides!r}, expected options or None")
             if overrides is not None:
                 self._overridden(overrides)
+        for pattern in self.modules_to_not_convert or ():
+            _check_regex("modules_to_not_convert", pattern)
         if self.backend is not None:
             self._overridden({})
 
@@ -165,6 +168,13 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
 def is_skipped(name: str, patterns: Iterable[str]) -> bool:
     """Whether a pattern matches whole dotted parts of a module's name: `lm_head`, `layers.0`, `wo`."""
     return any(re.search(rf"(^|\.)(?:{pattern})(\.|$)", name) for pattern in patterns)
+
+
+def _check_regex(option: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise OptionError(f"{option}: {pattern!r} is not a regex: {error}") from None
 
 
 def _is_transformers_model(model: nn.Module) -> bool:

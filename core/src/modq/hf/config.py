@@ -56,7 +56,7 @@ class ModqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
             )
         self._set(
             backend=backend,
-            layers=dict(layers or {}),
+            layers={} if layers is None else layers,
             modules_to_not_convert=None if modules_to_not_convert is None else list(modules_to_not_convert),
             options=options,
             resolved=None,

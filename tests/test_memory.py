@@ -1,0 +1,151 @@
+"""Loading a model takes little more memory than it occupies afterwards (S6)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+MB = 1 << 20
+SLACK = 200 * MB
+
+CONFIG = LlamaConfig(
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    vocab_size=8192,
+    tie_word_embeddings=False,
+    dtype="bfloat16",
+    architectures=["LlamaForCausalLM"],
+)
+
+# Anonymous memory: the pages of a mapped checkpoint are the kernel's to drop at will.
+MEASURE = """
+import json, sys, threading, time
+import modq, torch
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+
+modq.load("nf4")
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+def sample():
+    global peak
+    while not done.wait(0.003):
+        peak = max(peak, anonymous())
+
+baseline = peak = anonymous()
+done = threading.Event()
+thread = threading.Thread(target=sample)
+thread.start()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **eval(sys.argv[2]))
+done.set()
+thread.join()
+print(json.dumps({
+    "peak": max(peak, anonymous()) - baseline,
+    "result": model.get_memory_footprint(),
+    "quantized": sum(isinstance(module, modq.QuantLinear) for module in model.modules()),
+    "sampled": peak > baseline,
+}))
+if len(sys.argv) > 3:
+    model.save_pretrained(sys.argv[3], max_shard_size="150MB")
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory):
+    """A dense 0.7B checkpoint in shards, where to put the quantized one, and what loading the first took."""
+    dense, packed = tmp_path_factory.mktemp("dense"), tmp_path_factory.mktemp("packed")
+    write_dense(dense)
+    yield dense, packed, measure(dense, "{'quantization_config': modq.ModqConfig('nf4')}", packed)
+    for folder in (dense, packed):  # gigabytes: pytest would keep them for three sessions
+        for file in folder.iterdir():
+            file.unlink()
+
+
+def write_dense(folder: Path) -> None:
+    """Write a random model a layer a shard: it is never in memory as a whole."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, wide, kv = CONFIG.hidden_size, CONFIG.intermediate_size, 64 * CONFIG.num_key_value_heads
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (wide, hidden),
+        "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    shards = [
+        {f"model.layers.{i}.{name}.weight": shape for name, shape in shapes.items()}
+        for i in range(CONFIG.num_hidden_layers)
+    ]
+    table = (CONFIG.vocab_size, hidden)
+    shards.append(
+        {"model.embed_tokens.weight": table, "model.norm.weight": (hidden,), "lm_head.weight": table}
+    )
+    places = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {
+            name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+            for name, shape in shard.items()
+        }
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    CONFIG.save_pretrained(folder)
+
+
+def measure(checkpoint: Path, arguments: str, save_to: Path | None = None) -> dict[str, int]:
+    saving = [] if save_to is None else [str(save_to)]
+    command = [sys.executable, "-c", MEASURE, str(checkpoint), arguments, *saving]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    taken = json.loads(done.stdout.splitlines()[-1])
+    print({name: round(size / MB) for name, size in taken.items() if size > MB})  # shown by `pytest -s`
+    assert taken["sampled"]
+    assert taken["quantized"] == 7 * CONFIG.num_hidden_layers
+    return taken
+
+
+@pytest.mark.slow
+def test_quantize_on_load_peaks_at_the_result_and_two_dense_tensors(checkpoints) -> None:
+    dense, _, taken = checkpoints
+    sizes = [file.stat().st_size for file in dense.glob("*.safetensors")]
+    assert len(sizes) >= 3
+    assert sum(sizes) >= 2 * 0.7e9  # of two bytes each
+    largest = 2 * CONFIG.vocab_size * CONFIG.hidden_size
+    assert taken["result"] < sum(sizes) / 3
+    assert taken["peak"] <= taken["result"] + 2 * largest + SLACK
+
+
+@pytest.mark.slow
+def test_reloading_peaks_at_the_result(checkpoints) -> None:
+    _, packed, _ = checkpoints
+    assert len(list(packed.glob("*.safetensors"))) >= 3
+    taken = measure(packed, "{}")
+    assert taken["peak"] <= taken["result"] + SLACK
+
+
+@pytest.mark.slow
+def test_the_measure_sees_a_dense_copy(checkpoints) -> None:
+    dense, _, quantized = checkpoints
+    command = MEASURE.replace("modq.QuantLinear", "torch.nn.Linear")
+    done = subprocess.run(
+        [sys.executable, "-c", command, str(dense), "{'dtype': torch.float32}"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout.splitlines()[-1])["peak"] > 3 * quantized["peak"]
