@@ -287,6 +287,17 @@ def test_preparing_and_dtype_moves_keep_every_packed_bit(tiny: Callable[..., Pat
         assert logits(model).dtype == dtype
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_kbit_preparation_switches_checkpointing_on_as_for_other_quantizations(
+    tiny_llama: Path, wanted: bool
+) -> None:
+    prepared = prepare_model_for_kbit_training(load(tiny_llama), use_gradient_checkpointing=wanted)
+    assert prepared.model.gradient_checkpointing is wanted
+    trained = get_peft_model(prepared, LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear"))
+    trained.train()(input_ids=torch.arange(4, 20)[None], labels=torch.arange(4, 20)[None]).loss.backward()
+    adapter_gradients(trained)
+
+
 def test_bf16_training_computes_in_bf16_and_keeps_adapters_in_float32(
     tiny_llama: Path, tokens: Dataset, tmp_path: Path
 ) -> None:

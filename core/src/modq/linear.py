@@ -129,7 +129,8 @@ class QuantLinear(nn.Linear):
         if tuple(qweight.shape) != (self.out_features, self.in_features):
             expected = (self.out_features, self.in_features)
             raise ShapeError(f"quantized weight has shape {tuple(qweight.shape)}, the layer needs {expected}")
-        self._hold(stored(qweight.tensors), make_handle(qweight))
+        with torch.inference_mode(False):  # inference tensors could not be trained on later
+            self._hold(stored(qweight.tensors), make_handle(qweight))
 
     def allocate(
         self, format_version: int, meta: Mapping[str, JSON], device: torch.device | str = "meta"

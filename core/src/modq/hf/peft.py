@@ -1,4 +1,4 @@
-"""What PEFT needs beside `QuantLinear.weight`: merges that round once, unmerges that give every bit back.
+"""What PEFT needs beside `QuantLinear.weight`: exact unmerges, and to know that the model is quantized.
 
 PEFT merges by adding a delta to the weight, one for each adapter, and unmerges by subtracting it. On a
 quantized weight each step rounds to the grid, so several adapters would round several times and subtracting
@@ -7,14 +7,18 @@ before the merge are few and already there: each tuner layer over a QuantLinear 
 and puts them back when it is not. They go when the tuner layer goes, as in `merge_and_unload`. And a merge
 that one layer's backend would refuse is refused before any layer has changed.
 
-This wraps `merge` and `unmerge` of PEFT's own tuner layers once, when `peft` has been imported; other base
-layers are untouched. The alternatives looked worse: to tell an unmerge from its values is a guess, and a
-class a tuner is what modq exists to avoid.
+`prepare_model_for_kbit_training` switches gradient checkpointing on for a list of quantization methods that
+it knows. A script that relies on it would run out of memory on any other, so it does for modq's models too.
+
+All this wraps functions of PEFT once, when `peft` has been imported; other models are untouched. The
+alternatives looked worse: to tell an unmerge from its values is a guess, a class a tuner is what modq exists
+to avoid, and to pass for another quantization method brings that method's special cases.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from typing import Any, NamedTuple
@@ -23,18 +27,21 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from modq.linear import QuantLinear
+from modq.model import quantized_layers
 from modq.spec import QuantizedWeight
 
 _MARK = "_modq_wrapped"
 
 
-def wrap_merges() -> None:
+def wrap_peft() -> None:
     """Wrap the tuner classes that exist now; what is wrapped already stays as it is."""
     for cls in _subclasses(BaseTunerLayer):
         _wrap(cls, "merge", _remembering)
         _wrap(cls, "unmerge", _restoring)
     for method in ("merge_adapter", "_unload_and_optionally_merge"):
         _wrap(BaseTuner, method, _checking_first)
+    for namespace in ("peft", "peft.utils", "peft.utils.other"):
+        _wrap(sys.modules[namespace], "prepare_model_for_kbit_training", _checkpointing)
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
@@ -43,12 +50,12 @@ def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
         yield from _subclasses(subclass)
 
 
-def _wrap(cls: type[Any], name: str, wrapper: Callable[[Any], Callable[..., Any]]) -> None:
-    method = vars(cls).get(name)
+def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Callable[..., Any]]) -> None:
+    method = vars(owner).get(name)
     if method is not None and not hasattr(method, _MARK):
         wrapped = wraps(method)(wrapper(method))
         setattr(wrapped, _MARK, True)
-        setattr(cls, name, wrapped)
+        setattr(owner, name, wrapped)
 
 
 class _Original(NamedTuple):
@@ -115,6 +122,21 @@ def _checking_first(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _checkpointing(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(prepare)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        model = prepare(*args, **kwargs)
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        if given.arguments["use_gradient_checkpointing"] and any(quantized_layers(model)):
+            model.enable_input_require_grads()  # reentrant checkpointing needs an input with a gradient
+            model.gradient_checkpointing_enable(given.arguments["gradient_checkpointing_kwargs"])
+        return model
+
+    return wrapped
+
+
 def _check_requantizable(model: nn.Module, adapter_names: Iterable[str] | None) -> None:
     """Raise a RequantizeError if a merge of these adapters, or the active ones, would write to a layer whose
     backend cannot make codes.
@@ -128,4 +150,4 @@ def _check_requantizable(model: nn.Module, adapter_names: Iterable[str] | None) 
                 base.check_requantizable()
 
 
-wrap_merges()
+wrap_peft()
