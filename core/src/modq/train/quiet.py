@@ -14,6 +14,7 @@ SETTINGS = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",  # else a warning at each fork of a data loader
+    "TQDM_DISABLE": "1",
 }
 """Read when the libraries are imported, so that they need not be imported here."""
 
