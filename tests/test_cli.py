@@ -136,6 +136,15 @@ class TestQuantize:
         assert isinstance(reloaded.model.layers[0].self_attn.q_proj, modq.QuantLinear)
         assert (quantized / "tokenizer.json").is_file()
 
+    def test_writes_a_format_of_another_package(self, model: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        succeed("quantize", model, out, "--backend", "nf4", "--format", "bitsandbytes")
+        written = json.loads((out / "config.json").read_text())["quantization_config"]
+        assert (written["quant_method"], written["load_in_4bit"]) == ("bitsandbytes", True)
+        assert "does not write format 'gguf'; it writes bitsandbytes" in error_line(
+            "quantize", model, tmp_path / "no", "--backend", "nf4", "--format", "gguf"
+        )
+
     def test_prints_sizes_and_bits(self, model: Path, tmp_path: Path) -> None:
         out = succeed(
             "quantize", model, tmp_path / "out", "--backend", "nf4", "--set", "double_quant=true"

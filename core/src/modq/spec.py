@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -22,16 +22,23 @@ JSON: TypeAlias = Any
 """A value that `json.dumps` takes and gives back unchanged."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """A foreign checkpoint format that a plugin reads or writes.
+    """A foreign checkpoint format that a plugin reads and writes.
 
-    `when` is a torch-free predicate: every key must stand in the checkpoint's `quantization_config` with this
-    value.
+    Attributes:
+        name: what users call it.
+        when: a predicate without torch: each of these stands in the checkpoint's `quantization_config`.
+        tensors: the names of all tensors that may stand for one linear, by what follows the linear's name.
+        marker: the one of them that a quantized linear has and a dense one has not.
+        native: the packages that load it themselves; modq does where none is installed, or where asked to.
     """
 
     name: str
     when: Mapping[str, JSON]
+    tensors: tuple[str, ...]
+    marker: str
+    native: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +120,14 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ImportedLayer:
+    """A linear out of a foreign checkpoint: its weight, and the options that would have made it."""
+
+    qweight: QuantizedWeight
+    options: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class BlockResult:
     """What `quantize_block` gives back: quantized linears by name, and dense tensors it changed (norms)."""
 
@@ -164,19 +179,25 @@ class Quantizer:
 
     @_hookspec(firstresult=True)
     def import_layers(
-        self, tensors: Mapping[str, Tensor], config: Mapping[str, JSON]
-    ) -> Mapping[str, QuantizedWeight] | None:
-        """Optional. Turn the tensors of one foreign module into quantized weights by linear name."""
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, JSON], format: str
+    ) -> Mapping[str, ImportedLayer] | None:
+        """Optional. Turn the tensors of one foreign module into layers.
+
+        `tensors` has those of `Format.tensors` that the module has; `config` is the checkpoint's. The result
+        is by the linear's name relative to the module, "" for the module itself.
+        """
 
     @_hookspec(firstresult=True)
     def export_layers(
-        self, weights: Mapping[str, QuantizedWeight], format: str
+        self, weights: Mapping[str, QuantizedWeight], format: str, dtype: dtype
     ) -> Mapping[str, Tensor] | None:
-        """Optional. The inverse of `import_layers` for the format of this name."""
+        """Optional. The inverse of `import_layers`, for a model that computes in `dtype`."""
 
     @_hookspec(firstresult=True)
-    def export_config(self, options: Any, format: str) -> Mapping[str, JSON] | None:
-        """Optional. The `quantization_config` that goes with `export_layers`."""
+    def export_config(
+        self, options: Any, format: str, dtype: dtype, dense: Sequence[str]
+    ) -> Mapping[str, JSON] | None:
+        """Optional. The `quantization_config` for `export_layers`; `dense` names the linears left dense."""
 
     @_hookspec(firstresult=True)
     def check_environment(self) -> str | None:

@@ -34,6 +34,8 @@ class ModqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         modules_to_not_convert: names, or regexes of whole dotted parts of names, to leave dense. By default
             what is outside the base model (the output head, a classifier), tied weights and what the
             architecture keeps in float32; a list replaces that default, but tied weights are never quantized.
+        takeover: load a checkpoint of a foreign format through the backend that reads it, though the package
+            of that format is installed too; nothing else is given then.
         **options: the backend's options.
 
     Raises:
@@ -46,20 +48,23 @@ class ModqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         backend: str | None = None,
         layers: Mapping[str, Mapping[str, JSON] | None] | None = None,
         modules_to_not_convert: Iterable[str] | None = None,
+        takeover: bool = False,
         **options: Any,
     ) -> None:
         if isinstance(modules_to_not_convert, str):
             raise OptionError(f"modules_to_not_convert={modules_to_not_convert!r}, expected a list of names")
-        if backend is None and not layers:
+        if takeover and (backend or layers or modules_to_not_convert or options):
+            raise OptionError("ModqConfig(takeover=True) takes nothing else: the checkpoint says it all")
+        if backend is None and not layers and not takeover:
             raise OptionError(
                 "ModqConfig() names no backend; expected ModqConfig(backend=...) or layers={...}"
             )
         self._set(
             backend=backend,
-            layers={} if layers is None else layers,
+            layers=layers,
             modules_to_not_convert=None if modules_to_not_convert is None else list(modules_to_not_convert),
             options=options,
-            resolved=None,
+            takeover=takeover,
         )
         self.recipe.check()
 
@@ -85,7 +90,8 @@ class ModqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
                 f"quantization_config has schema {resolved.get('schema')!r}, written by modq {written}; "
                 f"this modq {__version__} reads schema {SCHEMA}: update modq"
             )
-        config._set(**{key: config_dict.get(key) for key in config._keys})
+        known: dict[str, Any] = {key: config_dict.get(key) for key in config._keys}
+        config._set(**known)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,11 +109,34 @@ class ModqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         return Recipe(self.backend, self.options, self.layers, None if skip is None else tuple(skip))
 
     _keys = ("backend", "layers", "modules_to_not_convert", "options", "resolved")
+    """What is saved."""
 
-    def _set(self, **values: Any) -> None:
+    def _set(
+        self,
+        *,
+        backend: str | None = None,
+        layers: Mapping[str, Any] | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        options: Mapping[str, Any] | None = None,
+        resolved: dict[str, Any] | None = None,
+        source: dict[str, Any] | None = None,
+        takeover: bool = False,
+    ) -> None:
         self.quant_method = "modq"
-        for key, value in values.items():
-            setattr(self, key, value)
+        self.backend = backend
+        self.layers = {} if layers is None else layers
+        self.modules_to_not_convert = modules_to_not_convert
+        self.options = {} if options is None else options
+        self.resolved = resolved
+        self.source = source  # the quantization_config of a foreign checkpoint that is being loaded
+        self.takeover = takeover
+
+    @classmethod
+    def of_source(cls, source: dict[str, JSON]) -> ModqConfig:
+        """Make the config for a foreign checkpoint with this `quantization_config`."""
+        config = cls.__new__(cls)
+        config._set(source=source)
+        return config
 
     @classmethod
     def of(cls, recipe: Recipe) -> ModqConfig:
@@ -119,7 +148,6 @@ class ModqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
             layers=dict(recipe.layers),
             modules_to_not_convert=None if skip is None else list(skip),
             options=dict(recipe.options),
-            resolved=None,
         )
         return config
 

@@ -9,7 +9,7 @@ what its config records for each module.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from modq.api import describe_weight, quantize_weight
 from modq.errors import CheckpointError, ModqError, ShapeError
 from modq.hf.config import ModqConfig, read_modules, resolve
+from modq.hf.foreign import ImportOnLoad, conversions, expect_foreign
 from modq.linear import QuantLinear
 from modq.model import Recipe, dense_linears, plan_layers, quantize_layers, quantized_layers
 from modq.op import make_handle, stored
@@ -69,9 +70,14 @@ class ModqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
 
     def _process_model_before_weight_loading(self, model: Any, dtype: Any = None, **kwargs: Any) -> None:
         config = self.quantization_config
+        if config.source is not None:
+            expect_foreign(model, config.source, kwargs["checkpoint_files"], _names_in, dtype)
+            return
         if self.pre_quantized:
             _expect_packed(model, config, dtype)
             return
+        if config.takeover:
+            raise CheckpointError("ModqConfig(takeover=True) is for quantized checkpoints; this one is dense")
         for name, scheme in plan_layers(model, config.recipe, default_skips(model, config.recipe)).items():
             layer = QuantLinear.like(model.get_submodule(name), scheme.backend, scheme.options, dtype=dtype)
             layer.expect_dense()
@@ -83,7 +89,27 @@ class ModqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         for name, layer in quantized_layers(model):
             _check_loaded(name, layer)
         self.quantization_config.resolved = resolve(model)
+        if self.quantization_config.source is not None:  # from here on it is a model like any of modq's
+            self.quantization_config.source = None
+            model._weight_conversions = [c for c in model._weight_conversions if not _is_import(c)]
         return model
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """What the loader does to tensors that the model's own conversions leave alone."""
+        return [] if self.quantization_config.source is None else conversions(self)
+
+    def collect_failure(self, name: str, convert: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Run one module's conversion; keep its error until loading ends.
+
+        Raised at once, the loader would bury it in a report of its own.
+        """
+        if self.failure is not None:
+            return {}
+        try:
+            return convert()
+        except ModqError as error:
+            self.failure = type(error)(f"{name}: {error}")
+            return {}
 
     # Using and saving
 
@@ -147,15 +173,10 @@ class _QuantizeOnLoad(ConversionOps):  # type: ignore[misc]  # transformers is u
         return loaded
 
     def _convert_one(self, model: Any, key: str, weight: Tensor) -> dict[str, Tensor]:
-        if self.quantizer.failure is not None:
-            return {}
         name = key.rpartition(".")[0]
-        try:
-            tensors = _quantize_into(model.get_submodule(name), weight)
-        except ModqError as error:
-            # Raised once loading ends: here the loader would bury it in a report of its own.
-            self.quantizer.failure = type(error)(f"{name}: {error}")
-            return {}
+        tensors = self.quantizer.collect_failure(
+            name, lambda: _quantize_into(model.get_submodule(name), weight)
+        )
         return {f"{name}.{tensor_name}": tensor for tensor_name, tensor in tensors.items()}
 
 
@@ -300,6 +321,11 @@ def _dense_layer(layer: QuantLinear, dtype: torch.dtype) -> nn.Module:
     dense.weight = nn.Parameter(weight, requires_grad=False)
     dense.bias = layer.bias
     return dense.train(layer.training)
+
+
+def _is_import(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", ())
+    return any(isinstance(operation, ImportOnLoad) for operation in operations)
 
 
 def _nbytes(spec: TensorSpec) -> int:

@@ -119,13 +119,27 @@ def add_adapter(model: Any, adapter: str) -> Any:
 
 
 def quantize_folder(
-    source: str, output: Path, *, backend: str, options: Mapping[str, Any], dtype: str = "auto"
+    source: str,
+    output: Path,
+    *,
+    backend: str,
+    options: Mapping[str, Any],
+    dtype: str = "auto",
+    format: str | None = None,
 ) -> tuple[Sizes, float]:
-    """Quantize a model into a new folder, tokenizer included; return its sizes and the seconds it took."""
+    """Quantize a model into a new folder, tokenizer included; return its sizes and the seconds it took.
+
+    With `format` the folder is in another package's format, see `modq.hf.foreign`.
+    """
     started = time.perf_counter()
     with new_folder(output) as unfinished:
         model = load_model(source, backend=backend, options=options, dtype=dtype)
-        model.save_pretrained(unfinished)
+        if format is None:
+            model.save_pretrained(unfinished)
+        else:
+            from modq.hf.foreign import save_as
+
+            save_as(model, unfinished, format)
         load_tokenizer(source).save_pretrained(unfinished)
         sizes = measure(model)
     return sizes, time.perf_counter() - started

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modq.errors import CheckpointError
 from modq.layouts import Codebook, NestedScales
-from modq.spec import QuantizedWeight, TensorSpec, hookimpl
+from modq.spec import ImportedLayer, QuantizedWeight, TensorSpec, hookimpl
+from modq_nf4 import bitsandbytes
 from modq_nf4.options import Options
 from modq_nf4.tables import CODES, dynamic_map
 
@@ -42,6 +44,21 @@ class NF4:
     def matmul(self, x: Tensor, qweight: QuantizedWeight, transpose: bool) -> Tensor:
         """Multiply in either direction, a block of the weight at a time."""
         return _layout_of(qweight).matmul(x, qweight.tensors, transpose)
+
+    @hookimpl
+    def import_layers(self, tensors: Mapping[str, Tensor]) -> Mapping[str, ImportedLayer]:
+        """Read one linear of a bitsandbytes checkpoint."""
+        return {"": bitsandbytes.read_linear(tensors, FORMAT_VERSION)}
+
+    @hookimpl
+    def export_layers(self, weights: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Write one linear as bitsandbytes holds it."""
+        return bitsandbytes.write_linear(weights[""], dtype)
+
+    @hookimpl
+    def export_config(self, options: Options, dtype: torch.dtype, dense: Sequence[str]) -> dict[str, Any]:
+        """Make the config that sends a checkpoint to bitsandbytes."""
+        return bitsandbytes.make_config(options, dtype, dense)
 
 
 def _layout_of(qweight: QuantizedWeight) -> Codebook:
