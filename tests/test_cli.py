@@ -237,6 +237,47 @@ class TestEval:
         assert run("eval", model, "--text", "nowhere.txt").exit_code == 2
 
 
+class TestGenerate:
+    def test_continues_a_prompt_the_same_way_each_time(self, quantized: Path) -> None:
+        drawn = ("--prompt", "the union", "--max-new-tokens", 12, "--temperature", 1.5, "--seed", 3)
+        first = succeed("generate", quantized, *drawn).stdout
+        assert first.strip()
+        assert succeed("generate", quantized, *drawn).stdout == first
+        assert succeed("generate", quantized, *drawn[:-1], 4).stdout != first
+
+    def test_an_adapter_changes_what_is_said(self, quantized: Path, text: Path, tmp_path: Path) -> None:
+        adapter = tmp_path / "adapter"
+        succeed("finetune", quantized, "--data", text, "--output", adapter, "--epochs", 3, *TestFinetune.FAST)
+        said = ("generate", quantized, "--prompt", "the union", "--max-new-tokens", 12)
+        assert succeed(*said, "--adapter", adapter).stdout != succeed(*said).stdout
+
+    def test_chat_needs_a_template(self, quantized: Path) -> None:
+        assert "no chat template" in error_line("generate", quantized, "--prompt", "a", "--chat")
+
+
+class TestInspect:
+    def test_says_how_a_model_is_quantized_without_reading_its_weights(
+        self, model: Path, quantized: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "config.json").write_text((quantized / "config.json").read_text())
+        found = json.loads(succeed("inspect", tmp_path, "--json").stdout)
+        dense = json.loads(succeed("inspect", model, "--json").stdout)
+        loaded = AutoModelForCausalLM.from_pretrained(model)
+        assert found["parameters"] == dense["parameters"] == loaded.num_parameters()
+        assert (found["quant_method"], dense["quant_method"]) == ("modq", None)
+        held = AutoModelForCausalLM.from_pretrained(quantized)
+        assert found["sizes"]["held"] == sum(p.numel() * p.element_size() for p in held.parameters())
+        (scheme,) = found["schemes"]
+        assert (scheme["backend"], scheme["layers"]) == ("nf4", 14)
+        assert scheme["options"] == {"quant_type": "nf4", "block_size": 64, "double_quant": True}
+        assert 4.1 < scheme["bits_per_weight"] < 4.2
+
+    def test_says_so_in_words(self, quantized: Path) -> None:
+        shown = succeed("inspect", quantized).stdout
+        assert "14 linears by nf4 (modq-nf4" in shown
+        assert "block_size=64" in shown
+
+
 def perplexity(*args: object) -> float:
     return float(json.loads(succeed("eval", *args, "--window", 32, "--json").stdout)["perplexity"])
 
@@ -290,6 +331,27 @@ class TestFinetune:
             *("--max-steps", 2, *self.FAST),
         )
         assert (output / "adapter_model.safetensors").is_file()
+
+    def test_the_recipe_reaches_the_trainer(self, quantized: Path, text: Path, tmp_path: Path) -> None:
+        output = tmp_path / "adapter"
+        succeed(
+            *("finetune", quantized, "--data", text, "--output", output, "--max-steps", 2, *self.FAST),
+            *("--target-modules", "q_proj,down_proj", "--gradient-accumulation", 2, "--optim", "adafactor"),
+            "--no-gradient-checkpointing",
+        )
+        adapter = json.loads((output / "adapter_config.json").read_text())
+        assert set(adapter["target_modules"]) == {"q_proj", "down_proj"}
+        recipe = json.loads((output / "train.json").read_text())["recipe"]
+        assert (recipe["gradient_accumulation"], recipe["optim"]) == (2, "adafactor")
+        assert recipe["gradient_checkpointing"] is False
+
+    def test_unknown_optimizers_and_modules_are_one_line(
+        self, quantized: Path, text: Path, tmp_path: Path
+    ) -> None:
+        job = ("finetune", quantized, "--data", text, "--output", tmp_path / "adapter", *self.FAST)
+        assert "adamw_turbo" in error_line(*job, "--optim", "adamw_turbo")
+        assert "qq_proj" in error_line(*job, "--target-modules", "qq_proj")
+        assert not (tmp_path / "adapter").exists()
 
     def test_quantizes_on_the_way_with_a_backend(self, model: Path, text: Path, tmp_path: Path) -> None:
         output = tmp_path / "adapter"

@@ -18,6 +18,8 @@ COMMANDS = {
     "quantize": "modq.cli.quantize",
     "finetune": "modq.cli.finetune",
     "eval": "modq.cli.eval",
+    "generate": "modq.cli.generate",
+    "inspect": "modq.cli.inspect",
 }
 
 

@@ -25,10 +25,29 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--alpha", type=float, default=16.0, show_default=True, help="The adapter counts alpha / r times."
 )
 @click.option("--dropout", type=click.FloatRange(0, 1), default=0.0, show_default=True)
+@click.option(
+    "--target-modules", help="Names of linears, with commas between; by default every linear but the head."
+)
 @click.option("--lr", "learning_rate", type=float, default=2e-4, show_default=True)
 @click.option("--epochs", type=float, default=1.0, show_default=True)
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop there, whatever the epochs.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option(
+    "--gradient-accumulation",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Batches in a step.",
+)
+@click.option(
+    "--optim", default="adamw_torch", show_default=True, help="An optimizer by its name in transformers."
+)
+@click.option(
+    "--gradient-checkpointing/--no-gradient-checkpointing",
+    default=True,
+    show_default=True,
+    help="Compute activations twice instead of keeping them.",
+)
 @click.option(
     "--max-length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens an example."
 )
@@ -76,8 +95,10 @@ def _finetune(
     dtype: str,
     eval_data: Path | None,
     max_steps: int | None,
+    target_modules: str | None,
     **recipe: Any,
 ) -> None:
+    targets = tuple(target_modules.split(",")) if target_modules else "all-linear"
     options = collect_options(backend, bits, group_size, settings)
     from modq.train.quiet import quiet  # imports torch, as does the next
 
@@ -93,7 +114,7 @@ def _finetune(
             options=options,
             dtype=dtype,
             eval_data=eval_data,
-            recipe=LoraRecipe(**recipe, max_steps=max_steps or -1),
+            recipe=LoraRecipe(**recipe, target_modules=targets, max_steps=max_steps or -1),
         )
         trained = finetune(job, _show_progress)
     click.echo(f"wrote      {output}")

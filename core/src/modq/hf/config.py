@@ -71,8 +71,12 @@ class ModqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     @classmethod
     def from_dict(
         cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> ModqConfig | tuple[ModqConfig, dict[str, Any]]:
-        """Read what `to_dict` wrote. Nothing is imported here: a file never causes an import."""
+    ) -> Any:
+        """Read what `to_dict` wrote. Nothing is imported here: a file never causes an import.
+
+        Returns:
+            The config; with `return_unused_kwargs`, as transformers asks, it and the other keywords.
+        """
         config = cls.__new__(cls)
         missing = [
             key

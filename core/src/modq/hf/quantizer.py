@@ -74,7 +74,7 @@ class ModqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
             expect_foreign(model, config.source, kwargs["checkpoint_files"], _names_in, dtype)
             return
         if self.pre_quantized:
-            _expect_packed(model, config, dtype)
+            expect_packed(model, config, dtype)
             return
         if config.takeover:
             raise CheckpointError("ModqConfig(takeover=True) is for quantized checkpoints; this one is dense")
@@ -222,7 +222,7 @@ def _quantize_into(layer: QuantLinear, weight: Tensor) -> dict[str, Tensor]:
     return stored(qweight.tensors)
 
 
-def _expect_packed(model: Any, config: ModqConfig, dtype: torch.dtype | None) -> None:
+def expect_packed(model: Any, config: ModqConfig, dtype: torch.dtype | None) -> None:
     """Replace the linears that the checkpoint records as quantized by layers with empty slots."""
     resolved = config.resolved
     if resolved is None:

@@ -52,7 +52,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    _check_source(source, backend)
+    _refuse_twice(source, read_config(source), backend)
     wanted: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if backend is not None:
         from modq.hf.config import ModqConfig
@@ -63,8 +63,8 @@ def load_model(
     return AutoModelForCausalLM.from_pretrained(source, **wanted)
 
 
-def _check_source(source: str, backend: str | None) -> None:
-    """Refuse early what would fail late or in a paragraph."""
+def read_config(source: str) -> Any:
+    """Read a model's config, refusing early what would fail late or in a paragraph."""
     from transformers import AutoConfig
 
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
@@ -83,6 +83,11 @@ def _check_source(source: str, backend: str | None) -> None:
         raise CheckpointError(
             f"{source!r} is an encoder-decoder ({kind}), expected a causal model; see README for those"
         )
+    return config
+
+
+def _refuse_twice(source: str, config: Any, backend: str | None) -> None:
+    """Refuse to quantize what is quantized already."""
     stored = getattr(config, "quantization_config", None)
     if backend is not None and stored is not None:
         method = stored.get("quant_method") if isinstance(stored, Mapping) else stored.quant_method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 
-from modq.errors import ModqError
+from modq.errors import ModqError, OptionError
+from modq.model import dense_linears, quantized_layers
 from modq.train.data import Rows
 
 Report = Callable[[int, int, float], None]
@@ -24,10 +26,13 @@ class LoraRecipe:
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
     learning_rate: float = 2e-4
     epochs: float = 1.0
     max_steps: int = -1  # -1: as many as the epochs take
     batch_size: int = 4
+    gradient_accumulation: int = 1
+    optim: str = "adamw_torch"
     max_length: int = 512
     seed: int = 0
     gradient_checkpointing: bool = True
@@ -106,11 +111,12 @@ def _trainer(
         raise MissingTrainerError(
             f"training needs trl and datasets ({error}): pip install 'modq[train]'"
         ) from error
+    _check_names(model, recipe)
     lora = LoraConfig(
         r=recipe.r,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
-        target_modules="all-linear",
+        target_modules=_as_peft_takes_it(recipe.target_modules),
         task_type="CAUSAL_LM",
     )
     trainer = SFTTrainer(
@@ -126,6 +132,28 @@ def _trainer(
     return trainer
 
 
+def _check_names(model: Any, recipe: LoraRecipe) -> None:
+    """Say in a line what transformers and PEFT would say in a traceback."""
+    from transformers.training_args import OptimizerNames
+
+    optimizers = [optimizer.value for optimizer in OptimizerNames]
+    if recipe.optim not in optimizers:
+        near = difflib.get_close_matches(recipe.optim, optimizers, n=3, cutoff=0.3)
+        raise OptionError(
+            f"optim={recipe.optim!r} is no optimizer of transformers; near it: {', '.join(near)}"
+        )
+    layers = (*dense_linears(model), *quantized_layers(model))
+    linears = {name.rpartition(".")[2] for name, _ in layers}
+    targets = () if isinstance(recipe.target_modules, str) else recipe.target_modules
+    if unknown := sorted(set(targets) - linears):
+        has = ", ".join(sorted(linears))
+        raise OptionError(f"target_modules: the model has no linear {', '.join(unknown)}; it has {has}")
+
+
+def _as_peft_takes_it(target_modules: str | tuple[str, ...]) -> str | list[str]:
+    return target_modules if isinstance(target_modules, str) else list(target_modules)
+
+
 def _arguments(model: Any, recipe: LoraRecipe, output: Path) -> Any:
     """Translate the recipe. Mixed precision follows the model: float32 stays float32, wherever it runs."""
     from trl import SFTConfig
@@ -133,6 +161,8 @@ def _arguments(model: Any, recipe: LoraRecipe, output: Path) -> Any:
     return SFTConfig(
         output_dir=str(output),
         per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        optim=recipe.optim,
         learning_rate=recipe.learning_rate,
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps,
