@@ -11,7 +11,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modq import __version__
 from modq.errors import BackendError, CheckpointError, OptionError
-from modq.model import Recipe, Scheme, quantized_layers
+from modq.linear import QuantLinear
+from modq.model import Recipe, Scheme
 from modq.op import handle_content
 from modq.options import build_options, options_to_json
 from modq.registry import KNOWN_PACKAGES, Status, find, list_backends
@@ -156,14 +157,19 @@ class ModqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         return config
 
 
-def resolve(model: Any) -> dict[str, JSON]:
+def resolve(layers: Iterable[tuple[str, QuantLinear]], source: str | None = None) -> dict[str, JSON]:
     """Record what each quantized module of a model is: schemes once each, modules by the scheme's number.
 
     A checkpoint is read back from this record alone; rules and regexes are not matched again.
+
+    Args:
+        layers: the quantized modules, by name.
+        source: the hash of the weights that they were quantized from; it is recorded while that is so.
     """
     schemes: list[dict[str, JSON]] = []
     modules: dict[str, int] = {}
-    for name, layer in quantized_layers(model):
+    for name, layer in layers:
+        source = source if is_original(layer) else None
         content = handle_content(layer.handle)
         backend = find(layer.backend)
         scheme = {
@@ -177,7 +183,14 @@ def resolve(model: Any) -> dict[str, JSON]:
         if scheme not in schemes:
             schemes.append(scheme)
         modules[name] = schemes.index(scheme)
-    return {"schema": SCHEMA, "modq": __version__, "schemes": schemes, "modules": modules}
+    record = {"schema": SCHEMA, "modq": __version__, "schemes": schemes, "modules": modules}
+    return record if source is None else {**record, "source": source}
+
+
+def is_original(layer: QuantLinear) -> bool:
+    """Whether a layer holds what the base came with: nothing was merged into it, or all was taken out."""
+    original: int = layer.__dict__.get("_modq_original_write", 1)
+    return layer.writes == original
 
 
 def read_modules(resolved: Mapping[str, JSON]) -> dict[str, tuple[Scheme, int, Mapping[str, JSON]]]:

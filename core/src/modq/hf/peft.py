@@ -10,6 +10,12 @@ that one layer's backend would refuse is refused before any layer has changed.
 `prepare_model_for_kbit_training` switches gradient checkpointing on for a list of quantization methods that
 it knows. A script that relies on it would run out of memory on any other, so it does for modq's models too.
 
+And an adapter is saved with a side file that says what base it was trained on, and checked against it when it
+is loaded, by PEFT's functions and by those of transformers: see `modq.hf.provenance`.
+
+`modules_to_save` trains a module whole, in a copy. Nothing of a packed copy can be trained, so the copy of a
+quantized layer is the dense layer that it stands for.
+
 All this wraps functions of PEFT once, when `peft` has been imported; other models are untouched. The
 alternatives looked worse: to tell an unmerge from its values is a guess, a class a tuner is what modq exists
 to avoid, and to pass for another quantization method brings that method's special cases.
@@ -20,12 +26,23 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from copy import deepcopy
 from functools import wraps
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.peft import PeftAdapterMixin
 
+from modq.errors import CheckpointError
+from modq.hf.config import is_original
+from modq.hf.provenance import check_adapter, save_base
+from modq.hf.quantizer import dense_layer
 from modq.linear import QuantLinear
 from modq.model import quantized_layers
 from modq.spec import QuantizedWeight
@@ -42,6 +59,13 @@ def wrap_peft() -> None:
         _wrap(BaseTuner, method, _checking_first)
     for namespace in ("peft", "peft.utils", "peft.utils.other"):
         _wrap(sys.modules[namespace], "prepare_model_for_kbit_training", _checkpointing)
+    _wrap(ModulesToSaveWrapper, "update", _copying_dense)
+    for loader in (PeftModel, PeftMixedModel):
+        _wrap(loader, "from_pretrained", _checking_adapter)
+        _wrap(loader, "load_adapter", _checking_adapter)
+    _wrap(PeftAdapterMixin, "load_adapter", _checking_adapter)
+    _wrap(PeftModel, "save_pretrained", _saving_base)
+    _wrap(PreTrainedModel, "save_pretrained", _saving_native)
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
@@ -51,11 +75,12 @@ def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Callable[..., Any]]) -> None:
-    method = vars(owner).get(name)
+    found = vars(owner).get(name)
+    method = found.__func__ if isinstance(found, classmethod) else found
     if method is not None and not hasattr(method, _MARK):
         wrapped = wraps(method)(wrapper(method))
         setattr(wrapped, _MARK, True)
-        setattr(owner, name, wrapped)
+        setattr(owner, name, classmethod(wrapped) if isinstance(found, classmethod) else wrapped)
 
 
 class _Original(NamedTuple):
@@ -63,10 +88,12 @@ class _Original(NamedTuple):
 
     qweight: QuantizedWeight
     bias: Tensor | None
+    of_the_base: bool
 
     @classmethod
     def of(cls, base: QuantLinear) -> _Original:
-        return cls(base.quantized_weight, None if base.bias is None else base.bias.detach().clone())
+        bias = None if base.bias is None else base.bias.detach().clone()
+        return cls(base.quantized_weight, bias, is_original(base))
 
     def restore_bias(self, base: QuantLinear) -> None:
         if self.bias is not None:
@@ -104,6 +131,8 @@ def _restoring(unmerge: Callable[..., Any]) -> Callable[..., Any]:
             if not self.merged:
                 base.adopt(original.qweight.to(base.execution_device))
                 original.restore_bias(base)
+                if original.of_the_base:
+                    base._modq_original_write = base.writes
                 del self._modq_original
         return result
 
@@ -122,6 +151,29 @@ def _checking_first(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _copying_dense(update: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        if any(quantized_layers(self.original_module)) and adapter_name not in self.modules_to_save:
+            self.modules_to_save[adapter_name] = _dense_copy(self.original_module)
+        return update(self, adapter_name, *args, **kwargs)
+
+    return wrapped
+
+
+def _dense_copy(module: nn.Module) -> nn.Module:
+    if any(tensor.is_meta for _, layer in quantized_layers(module) for _, tensor in layer.named_packed()):
+        raise CheckpointError(
+            f"modules_to_save names a {type(module).__name__} that is offloaded, expected one in memory, "
+            "where its copy can be trained; load the model with another device_map"
+        )
+    if isinstance(module, QuantLinear):
+        return dense_layer(module, module.compute_dtype)
+    copied = deepcopy(module)
+    for name, layer in list(quantized_layers(copied)):
+        copied.set_submodule(name, dense_layer(layer, layer.compute_dtype))
+    return copied
+
+
 def _checkpointing(prepare: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(prepare)
 
@@ -133,6 +185,64 @@ def _checkpointing(prepare: Callable[..., Any]) -> Callable[..., Any]:
             model.enable_input_require_grads()  # reentrant checkpointing needs an input with a gradient
             model.gradient_checkpointing_enable(given.arguments["gradient_checkpointing_kwargs"])
         return model
+
+    return wrapped
+
+
+_checking: ContextVar[bool] = ContextVar("modq_checking_adapter", default=False)
+"""Whether a loading function that has checked is at work: it calls another one."""
+
+
+def _checking_adapter(load: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(load)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        model, adapter = given.get("model", given.get("self")), _adapter(given)
+        if adapter is None or _checking.get():
+            return load(*args, **kwargs)
+        check_adapter(model, adapter, {**given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})})
+        token = _checking.set(True)
+        try:
+            return load(*args, **kwargs)
+        finally:
+            _checking.reset(token)
+
+    return wrapped
+
+
+def _adapter(given: dict[str, Any]) -> Any:
+    """The folder or name on the hub among a loading function's arguments; None if it gets tensors."""
+    return given.get("model_id", given.get("peft_model_id"))
+
+
+def _saving_base(save: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(save)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = save(*args, **kwargs)
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        model, folder = given.arguments["self"], given.arguments["save_directory"]
+        if given.arguments["is_main_process"]:
+            for name in given.arguments["selected_adapters"] or list(model.peft_config):
+                save_base(model, folder if name == "default" else Path(folder, name))
+        return result
+
+    return wrapped
+
+
+def _saving_native(save: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(save)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = save(*args, **kwargs)
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        model = given.arguments["self"]
+        if getattr(model, "_hf_peft_config_loaded", False) and given.arguments["is_main_process"]:
+            save_base(model, given.arguments["save_directory"])
+        return result
 
     return wrapped
 

@@ -25,6 +25,7 @@ from modq.api import describe_weight, quantize_weight
 from modq.errors import CheckpointError, ModqError, ShapeError
 from modq.hf.config import ModqConfig, read_modules, resolve
 from modq.hf.foreign import ImportOnLoad, conversions, expect_foreign
+from modq.hf.provenance import hash_weight, join_hashes
 from modq.linear import QuantLinear
 from modq.model import Recipe, dense_linears, plan_layers, quantize_layers, quantized_layers
 from modq.op import make_handle, stored
@@ -42,6 +43,7 @@ class ModqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         # The user's object may serve several models; what each became is recorded in a copy.
         self.quantization_config = deepcopy(quantization_config)
         self.failure: ModqError | None = None
+        self.weight_hashes: dict[str, str] = {}  # of what is quantized on load, by module name
 
     # Loading
 
@@ -88,7 +90,7 @@ class ModqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
             raise self.failure from None
         for name, layer in quantized_layers(model):
             _check_loaded(name, layer)
-        self.quantization_config.resolved = resolve(model)
+        self._record(model, join_hashes(self.weight_hashes, model))
         if self.quantization_config.source is not None:  # from here on it is a model like any of modq's
             self.quantization_config.source = None
             model._weight_conversions = [c for c in model._weight_conversions if not _is_import(c)]
@@ -115,9 +117,14 @@ class ModqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Record anew what each module is now; the tensors themselves are the model's own state dict."""
-        self.quantization_config.resolved = resolve(model)
+        self._record(model)
         _keep_packed_as_they_are(model)
         return None, {}
+
+    def _record(self, model: Any, source: str | None = None) -> None:
+        """Record what each module is now, with the hash of the source's weights, or the one known so far."""
+        known = (self.quantization_config.resolved or {}).get("source")
+        self.quantization_config.resolved = resolve(quantized_layers(model), source or known)
 
     def is_serializable(self) -> bool:
         """Every backend's layers are plain tensors and JSON."""
@@ -139,7 +146,7 @@ class ModqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
                 raise CheckpointError(
                     f"{name} is offloaded; to dequantize the model, load it without (device_map='cpu')"
                 )
-            model.set_submodule(name, _dense_layer(layer, dtype or layer.compute_dtype))
+            model.set_submodule(name, dense_layer(layer, dtype or layer.compute_dtype))
         return model
 
 
@@ -177,6 +184,8 @@ class _QuantizeOnLoad(ConversionOps):  # type: ignore[misc]  # transformers is u
         tensors = self.quantizer.collect_failure(
             name, lambda: _quantize_into(model.get_submodule(name), weight)
         )
+        if tensors:
+            self.quantizer.weight_hashes[name] = hash_weight(weight)
         return {f"{name}.{tensor_name}": tensor for tensor_name, tensor in tensors.items()}
 
 
@@ -203,8 +212,10 @@ def _heads(model: Any) -> list[str]:
 def quantize_pretrained(model: Any, recipe: Recipe) -> None:
     """Quantize a transformers model in memory and give it what `from_pretrained` would have."""
     config = ModqConfig.of(recipe)
-    quantize_layers(model, plan_layers(model, recipe, default_skips(model, recipe)))
-    config.resolved = resolve(model)
+    plan = plan_layers(model, recipe, default_skips(model, recipe))
+    source = join_hashes({name: hash_weight(model.get_submodule(name).weight) for name in plan}, model)
+    quantize_layers(model, plan)
+    config.resolved = resolve(quantized_layers(model), source)
     model.hf_quantizer = ModqHfQuantizer(config, pre_quantized=False)
     model.config.quantization_config = config
     model.is_quantized, model.quantization_method = True, config.quant_method
@@ -308,7 +319,7 @@ def _keep_packed_as_they_are(model: Any) -> None:
     model._weight_conversions = [c for c in model._weight_conversions if not fuses_packed(c)]
 
 
-def _dense_layer(layer: QuantLinear, dtype: torch.dtype) -> nn.Module:
+def dense_layer(layer: QuantLinear, dtype: torch.dtype) -> nn.Module:
     """Return the dense layer that a quantized one stands for, of the class that it had."""
     weight = layer.dequantize(dtype)
     dense: nn.Module
