@@ -210,13 +210,16 @@ def test_the_base_itself_is_accepted_in_any_form(adapter: Path, tiny_llama: Path
 
 
 def test_a_dense_model_takes_any_adapter(adapter: Path, other_weights: Path, packed: Path) -> None:
-    PeftModel.from_pretrained(load(other_weights), adapter)
-    PeftModel.from_pretrained(load(packed).dequantize(), adapter).merge_and_unload()
+    for dense in (load(other_weights), load(packed).dequantize()):
+        loaded = PeftModel.from_pretrained(dense, adapter)  # a warning would be an error here
+        assert loaded.peft_config.keys() == {"default"}
+        assert not any(quantized_layers(loaded.merge_and_unload()))
 
 
 def test_without_the_side_file_nothing_is_checked(adapter: Path, other_weights: Path) -> None:
     (adapter / FILE).unlink()
-    PeftModel.from_pretrained(nf4(other_weights, block_size=32), adapter)
+    loaded = PeftModel.from_pretrained(nf4(other_weights, block_size=32), adapter)
+    assert loaded.peft_config.keys() == {"default"}
 
 
 def test_a_trained_copy_of_a_layer_is_not_the_base(tiny_llama: Path) -> None:
