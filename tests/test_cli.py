@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -72,6 +74,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized") / "model"
     succeed("quantize", model, folder, "--backend", "nf4", "--set", "double_quant=true")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(quantized), config)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -146,9 +159,7 @@ class TestQuantize:
         )
 
     def test_prints_sizes_and_bits(self, model: Path, tmp_path: Path) -> None:
-        out = succeed(
-            "quantize", model, tmp_path / "out", "--backend", "nf4", "--set", "double_quant=true"
-        ).stdout
+        out = succeed("quantize", model, tmp_path / "out", "--backend", "nf4").stdout
         assert "14 linears with nf4" in out
         assert "bits a weight" in out
         assert "dense" in out
@@ -245,9 +256,7 @@ class TestGenerate:
         assert succeed("generate", quantized, *drawn).stdout == first
         assert succeed("generate", quantized, *drawn[:-1], 4).stdout != first
 
-    def test_an_adapter_changes_what_is_said(self, quantized: Path, text: Path, tmp_path: Path) -> None:
-        adapter = tmp_path / "adapter"
-        succeed("finetune", quantized, "--data", text, "--output", adapter, "--epochs", 3, *TestFinetune.FAST)
+    def test_an_adapter_changes_what_is_said(self, quantized: Path, adapter: Path) -> None:
         said = ("generate", quantized, "--prompt", "the union", "--max-new-tokens", 12)
         assert succeed(*said, "--adapter", adapter).stdout != succeed(*said).stdout
 
@@ -277,152 +286,92 @@ class TestInspect:
         assert "14 linears by nf4 (modq-nf4" in shown
         assert "block_size=64" in shown
 
+    def test_says_what_weights_were_quantized(self, model: Path, quantized: Path) -> None:
+        config = json.loads((quantized / "config.json").read_text())
+        source = config["quantization_config"]["resolved"]["source"]
+        assert json.loads(succeed("inspect", quantized, "--json").stdout)["source"] == source
+        assert source in succeed("inspect", quantized).stdout
+        assert json.loads(succeed("inspect", model, "--json").stdout)["source"] is None
 
-def perplexity(*args: object) -> float:
-    return float(json.loads(succeed("eval", *args, "--window", 32, "--json").stdout)["perplexity"])
+
+class TestInspectAdapter:
+    def test_says_what_it_is_and_which_base_it_was_trained_on(self, quantized: Path, adapter: Path) -> None:
+        found = json.loads(succeed("inspect", adapter, "--json").stdout)
+        assert (found["adapter"], found["base_model"]) == (str(adapter), str(quantized))
+        assert (found["method"], found["rank"], found["alpha"]) == ("LORA", 4, 12)
+        assert found["targets"] == ["q_proj", "v_proj"]
+        assert found["parameters"] == 2 * (4 * (64 + 64) + 4 * (64 + 32))
+        base = json.loads((adapter / "modq.json").read_text())["base"]
+        assert found["base"]["source"] == base["source"] is not None
+        (scheme,) = found["base"]["schemes"]
+        assert (scheme["backend"], scheme["package"], scheme["layers"]) == ("nf4", "modq-nf4", 14)
+        assert scheme["options"] == {"quant_type": "nf4", "block_size": 64, "double_quant": True}
+        assert scheme["version"] == modq.__version__
+        assert scheme["codes"] == base["schemes"][0]["codes"] is not None
+
+    def test_says_so_in_words(self, quantized: Path, adapter: Path) -> None:
+        shown = succeed("inspect", adapter).stdout
+        for expected in (
+            "LORA, rank 4, alpha 12",
+            "q_proj, v_proj",
+            "1,792",
+            str(quantized),
+            "14 linears by",
+        ):
+            assert expected in shown
+
+    def test_needs_neither_weights_nor_provenance(self, adapter: Path, tmp_path: Path) -> None:
+        shutil.copy(adapter / "adapter_config.json", tmp_path)
+        found = json.loads(succeed("inspect", tmp_path, "--json").stdout)
+        assert (found["parameters"], found["base"]) == (None, None)
+        shown = succeed("inspect", tmp_path).stdout
+        assert "unknown: no adapter_model.safetensors" in shown
+        assert "there is no modq.json" in shown
 
 
-class TestFinetune:
-    FAST = ("--max-length", 32, "--batch-size", 4, "--lr", 1e-2)
-
-    @pytest.mark.parametrize("base", ["model", "quantized"])
-    def test_an_adapter_learns_and_is_used_by_eval(
-        self, base: str, text: Path, tmp_path: Path, request: pytest.FixtureRequest
-    ) -> None:
-        folder, adapter = request.getfixturevalue(base), tmp_path / "adapter"
-        result = succeed("finetune", folder, "--data", text, "--output", adapter, "--epochs", 3, *self.FAST)
-        assert "step 10/12" not in result.stdout
-        assert perplexity(folder, "--text", text, "--adapter", adapter) < 0.9 * perplexity(
-            folder, "--text", text
-        )
-        record = json.loads((adapter / "train.json").read_text())
-        assert record["result"]["steps"] == 12
-        assert record["recipe"]["learning_rate"] == 1e-2
-        assert (adapter / "adapter_model.safetensors").is_file()
-        assert (adapter / "tokenizer.json").is_file()
-
-    def test_a_seed_decides_everything(self, model: Path, text: Path, tmp_path: Path) -> None:
-        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-            output = tmp_path / name
-            succeed(
-                "finetune",
-                model,
-                "--data",
-                text,
-                "--output",
-                output,
-                "--seed",
-                seed,
-                "--max-steps",
-                2,
-                *self.FAST,
-            )
-        a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
-        assert a == b
-        assert a != c
-
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_trains_in_the_dtype_asked_for_wherever_it_runs(
-        self, dtype: str, quantized: Path, text: Path, tmp_path: Path
-    ) -> None:
-        output = tmp_path / "adapter"
-        succeed(
-            *("finetune", quantized, "--data", text, "--output", output, "--dtype", dtype),
-            *("--max-steps", 2, *self.FAST),
-        )
-        assert (output / "adapter_model.safetensors").is_file()
-
-    def test_the_recipe_reaches_the_trainer(self, quantized: Path, text: Path, tmp_path: Path) -> None:
-        output = tmp_path / "adapter"
-        succeed(
-            *("finetune", quantized, "--data", text, "--output", output, "--max-steps", 2, *self.FAST),
-            *("--target-modules", "q_proj,down_proj", "--gradient-accumulation", 2, "--optim", "adafactor"),
-            "--no-gradient-checkpointing",
-        )
-        adapter = json.loads((output / "adapter_config.json").read_text())
-        assert set(adapter["target_modules"]) == {"q_proj", "down_proj"}
-        recipe = json.loads((output / "train.json").read_text())["recipe"]
-        assert (recipe["gradient_accumulation"], recipe["optim"]) == (2, "adafactor")
-        assert recipe["gradient_checkpointing"] is False
-
-    def test_unknown_optimizers_and_modules_are_one_line(
-        self, quantized: Path, text: Path, tmp_path: Path
-    ) -> None:
-        job = ("finetune", quantized, "--data", text, "--output", tmp_path / "adapter", *self.FAST)
-        assert "adamw_turbo" in error_line(*job, "--optim", "adamw_turbo")
-        assert "qq_proj" in error_line(*job, "--target-modules", "qq_proj")
-        assert not (tmp_path / "adapter").exists()
-
-    def test_quantizes_on_the_way_with_a_backend(self, model: Path, text: Path, tmp_path: Path) -> None:
-        output = tmp_path / "adapter"
-        options = ("--backend", "nf4", "--group-size", 32, "--max-steps", 1)
-        succeed("finetune", model, "--data", text, "--output", output, *options, *self.FAST)
-        record = json.loads((output / "train.json").read_text())
-        assert (record["backend"], record["options"]) == ("nf4", {"group_size": 32})
-
-    @pytest.mark.parametrize(
-        "row",
-        [
-            {"text": "the union is strong", "source": "dropped"},
-            {"prompt": "the union is", "completion": " strong"},
-        ],
+def complete(*words: str) -> list[str]:
+    """What bash is offered for the last of the words after `modq`."""
+    code = (
+        "import sys\n"
+        "from modq.cli import main\n"
+        "try:\n    main(prog_name='modq')\n"
+        "finally:\n    assert not {'torch', 'transformers', 'rich'} & set(sys.modules)"
     )
-    def test_reads_jsonl_and_scores_eval_data(self, model: Path, tmp_path: Path, row: dict[str, str]) -> None:
-        data = tmp_path / "data.jsonl"
-        data.write_text("\n".join([json.dumps(row)] * 4) + "\n\n")
-        arguments = ("--data", data, "--eval-data", data, "--output", tmp_path / "out", "--max-steps", 2)
-        result = succeed("finetune", model, *arguments, *self.FAST)
-        assert "eval loss" in result.stdout
-        trained = json.loads((tmp_path / "out" / "train.json").read_text())["result"]
-        assert trained["eval_loss"] < trained["eval_loss_before"]
+    asked = {"_MODQ_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(["modq", *words])}
+    environment = {**os.environ, **asked, "COMP_CWORD": str(len(words))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    return [line.partition(",")[2] for line in done.stdout.splitlines()]
 
-    def test_messages_go_through_the_chat_template(self, model: Path, tmp_path: Path) -> None:
-        chatty = tmp_path / "chatty"
-        shutil.copytree(model, chatty)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(chatty)
-        tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} <eos> {% endfor %}"
-        tokenizer.save_pretrained(chatty)
-        talk = [
-            {"role": "user", "content": "is the union strong"},
-            {"role": "assistant", "content": "the union is"},
-        ]
-        (tmp_path / "data.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
-        arguments = ("--data", tmp_path / "data.jsonl", "--output", tmp_path / "out", "--max-steps", 1)
-        assert "1 steps" in succeed("finetune", chatty, *arguments, *self.FAST).stdout
 
-    @pytest.mark.parametrize(
-        ("name", "content", "said"),
-        [
-            ("d.jsonl", '{"text": "a"}\n{"text": 1}', "d.jsonl:2: 'text' is a int"),
-            ("d.jsonl", '{"text": "a"}\n{"prompt": "b"}', "d.jsonl:2: has no 'text'"),
-            ("d.jsonl", '{"body": "a"}', "d.jsonl:1: has body; expected"),
-            ("d.jsonl", "[1]", "d.jsonl:1: is a list"),
-            ("d.jsonl", "{", "d.jsonl:1: is not JSON"),
-            ("d.jsonl", "\n", "holds no example"),
-            ("d.jsonl", '{"messages": []}', "must be a list of objects"),
-            ("d.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "no chat template"),
-            ("d.csv", "text\na", "expected .jsonl"),
-        ],
-    )
-    def test_unusable_data_is_one_line(
-        self, model: Path, tmp_path: Path, name: str, content: str, said: str
-    ) -> None:
-        (tmp_path / name).write_text(content)
-        assert said in error_line("finetune", model, "--data", tmp_path / name, "--output", tmp_path / "out")
-        assert not (tmp_path / "out").exists()
+class TestCompletion:
+    def test_commands_options_and_backends_complete_without_torch(self) -> None:
+        assert complete("li") == ["list-backends"]
+        assert "--json" in complete("quantize", "--js")
+        assert complete("finetune", "model", "--backend", "nf") == ["nf4"]
+        assert complete("quantize", "model", "out", "--backend", "zz") == [""]  # an empty line
 
-    def test_an_existing_output_is_refused(self, model: Path, text: Path, tmp_path: Path) -> None:
-        assert "exists already" in error_line("finetune", model, "--data", text, "--output", tmp_path)
+    @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+    def test_prints_the_script_of_a_shell(self, shell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        script = succeed("completion", shell).stdout
+        assert f"_MODQ_COMPLETE={shell}_complete" in script
+        monkeypatch.setenv("SHELL", f"/usr/local/bin/{shell}")
+        assert succeed("completion").stdout == script
 
-    def test_options_without_a_backend_are_a_usage_error(
-        self, model: Path, text: Path, tmp_path: Path
-    ) -> None:
-        arguments = ("finetune", model, "--data", text, "--output", tmp_path / "out", "--bits", 4)
-        assert run(*arguments).exit_code == 2
+    @pytest.mark.skipif(shutil.which("bash") is None, reason="it runs the script in bash")
+    def test_bash_takes_the_script(self) -> None:
+        registered = f"{succeed('completion', 'bash').stdout}\ncomplete -p modq"
+        done = subprocess.run(
+            ["bash", "--norc", "-c", registered], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip().endswith("-F _modq_completion modq")
 
-    @pytest.mark.parametrize("arguments", [[], ["model"], ["model", "--demo"], ["--demo", "--lr", "1"]])
-    def test_too_few_or_too_many_arguments_are_a_usage_error(self, arguments: list[str]) -> None:
-        assert run("finetune", *arguments).exit_code == 2
+    def test_help_says_how_to_install_it(self) -> None:
+        assert """eval "$(modq completion bash)"' >> ~/.bashrc""" in succeed("completion", "--help").stdout
+
+    def test_a_shell_that_has_none_is_a_usage_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SHELL", "/bin/tcsh")
+        assert run("completion").exit_code == 2
 
 
 def test_version_is_printed() -> None:

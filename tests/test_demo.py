@@ -18,8 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modq.cli import main
 from modq.demo import packages, report, run, texts, weights
 from modq.errors import ModqError
+from modq.train.folders import Interrupted
 from modq.train.models import Sizes
 from modq.train.perplexity import Perplexity, cut_windows
+from modq.train.progress import History
 from modq.train.sft import Trained
 
 
@@ -174,7 +176,7 @@ def test_an_interrupted_conversion_leaves_nothing_to_be_taken_for_a_model(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(weights, "read_gguf", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         weights.demo_model()
     assert list(tmp_path.iterdir()) == []
 
@@ -246,7 +248,15 @@ def outcome(after: tuple[float, ...]) -> run.Outcome:
         after=Perplexity(256, after),
         sample_before="before text",
         sample_after="after text",
-        trained=Trained(23, 100.0, 3.3, 2_442_240),
+        trained=Trained(
+            steps=23,
+            seconds=100.0,
+            tokens=8_192,
+            tokens_per_second=81.92,
+            peak_memory=1_600_000_000,
+            trainable_parameters=2_442_240,
+            history=History(({"step": 1, "loss": 3.3},), ()),
+        ),
         adapter_bytes=9_800_000,
         seconds=200.0,
     )

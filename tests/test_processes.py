@@ -6,6 +6,7 @@ This file is also the program of each process: `torchrun ... test_processes.py F
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,13 +21,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from modq import ModqConfig
 from modq.model import quantized_layers
 
 WORLD = 2
-STEPS = 8
+STEPS, SAVED = 8, 4
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -57,8 +58,10 @@ def work(folder: Path, name: str, batch_size: int) -> None:
     if "ACCELERATE_USE_FSDP" in os.environ:
         # accelerate 1.15 heeds these variables only where it sees accelerators; what follows runs on CPUs
         PartialState().distributed_type = DistributedType.MULTI_GPU
+    resume = "RESUME" in os.environ
     trainer = Trainer(model=model, args=args, train_dataset=rows(folder / "model"))
-    trainer.train()
+    trainer.add_callback(Killed())
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(folder / name / "adapter"))
     wrapped = trainer.model_wrapped
     held = {n: (type(p).__name__, p.numel(), local(p).numel()) for n, p in packed(wrapped).items()}
@@ -78,11 +81,20 @@ def work(folder: Path, name: str, batch_size: int) -> None:
         torch.distributed.destroy_process_group()
 
 
+class Killed(TrainerCallback):
+    """Kills the last process in a step after the checkpoint, where that is asked for."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if "KILL" in os.environ and state.global_step == SAVED + 2 and args.process_index == WORLD - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def arguments(output: Path, batch_size: int) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(output), max_steps=STEPS, learning_rate=1e-2, per_device_train_batch_size=batch_size,
-        logging_steps=1, save_strategy="no", seed=0, use_cpu=True, report_to=[], disable_tqdm=True,
-        dataloader_pin_memory=False, ddp_backend="gloo" if "LOCAL_RANK" in os.environ else None,
+        logging_steps=1, save_strategy="steps", save_steps=SAVED, seed=0, use_cpu=True, report_to=[],
+        disable_tqdm=True, dataloader_pin_memory=False,
+        ddp_backend="gloo" if "LOCAL_RANK" in os.environ else None,
     )  # fmt: skip
 
 
@@ -122,13 +134,19 @@ def folder(tiny_llama: Path, texts: list[str], tmp_path_factory: pytest.TempPath
 
 def launch(folder: Path, name: str, command: list[str], batch_size: int, **variables: str) -> Result:
     """Run this file by `python -W ignore -m COMMAND`; return what its first process found."""
+    done = run_once(folder, name, command, batch_size, **variables)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(folder / f"{name}.pt", weights_only=True)
+
+
+def run_once(
+    folder: Path, name: str, command: list[str], batch_size: int, **variables: str
+) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables
-    run = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-W", "ignore", *command, __file__, str(folder), name, str(batch_size)],
         env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
-    return torch.load(folder / f"{name}.pt", weights_only=True)
 
 
 def torchrun() -> list[str]:
@@ -205,6 +223,20 @@ def test_the_saved_adapter_is_the_trained_one(run, folder, request):
     assert saved.keys() == trained.keys()
     for name, tensor in saved.items():
         assert torch.equal(tensor, trained[name]), name
+
+
+@pytest.mark.parametrize(("run", "variables"), [("ddp", {}), ("fsdp2", FSDP2)], ids=["ddp", "fsdp2"])
+def test_a_run_whose_worker_was_killed_resumes_to_every_bit(run, variables, folder, request):
+    through, name = request.getfixturevalue(run), f"{run}-killed"
+    killed = run_once(folder, name, torchrun(), 2, KILL="1", **variables)
+    assert killed.returncode != 0
+    assert "SIGKILL" in killed.stderr
+    assert [path.name for path in (folder / name).glob("checkpoint-*")] == [f"checkpoint-{SAVED}"]
+    resumed = launch(folder, name, torchrun(), 2, RESUME="1", **variables)
+    assert resumed["losses"] == through["losses"]
+    assert resumed["adapter"].keys() == through["adapter"].keys()
+    for tensor_name, tensor in through["adapter"].items():
+        assert torch.equal(resumed["adapter"][tensor_name], tensor), tensor_name
 
 
 if __name__ == "__main__":

@@ -18,7 +18,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-FOLLOW_UPS = {"transformers.quantizers.auto": "modq.hf", "peft": "modq.hf.peft"}
+FOLLOW_UPS = {
+    "transformers.quantizers.auto": "modq.hf",
+    "transformers.trainer": "modq.hf.trainer",
+    "peft": "modq.hf.peft",
+}
 """The modules to wait for, and what is imported after each. The first is imported in the midst of all that
 transformers imports: what follows it may not import modeling code."""
 
@@ -110,7 +114,7 @@ def _import_follow_up(name: str) -> None:
         _warn_once(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
-@cache  # both follow-ups usually fail for one reason
+@cache  # the follow-ups usually fail for one reason
 def _warn_once(reason: str) -> None:
     message = f"transformers and peft will not know modq: {reason}; MODQ_AUTOLOAD=0 turns the attempt off"
     try:

@@ -28,7 +28,8 @@ class Format:
 
     Attributes:
         name: what users call it.
-        when: a predicate without torch: each of these stands in the checkpoint's `quantization_config`.
+        when: a predicate without torch: each of these stands in the checkpoint's `quantization_config`; of a
+            tuple, any; None stands for a key that is not there.
         tensors: the names of all tensors that may stand for one linear, by what follows the linear's name.
         marker: the one of them that a quantized linear has and a dense one has not.
         native: the packages that load it themselves; modq does where none is installed, or where asked to.
@@ -195,9 +196,13 @@ class Quantizer:
 
     @_hookspec(firstresult=True)
     def export_config(
-        self, options: Any, format: str, dtype: dtype, dense: Sequence[str]
+        self, options: Any, format: str, dtype: dtype, dense: Sequence[str], layers: Mapping[str, Any]
     ) -> Mapping[str, JSON] | None:
-        """Optional. The `quantization_config` for `export_layers`; `dense` names the linears left dense."""
+        """Optional. The `quantization_config` for `export_layers`; `dense` names the linears left dense.
+
+        It is asked for each of the `options` that layers have, and must be the same for all of them: a format
+        that can say what differs from layer to layer makes it of `layers`, the options by name.
+        """
 
     @_hookspec(firstresult=True)
     def check_environment(self) -> str | None:

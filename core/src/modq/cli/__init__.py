@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "modq.cli.eval",
     "generate": "modq.cli.generate",
     "inspect": "modq.cli.inspect",
+    "completion": "modq.cli.completion",
 }
 
 
@@ -43,9 +44,12 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except BrokenPipeError:  # `modq … | head`: click knows what to do
             raise
+        except KeyboardInterrupt:
+            reason = "interrupted"
         except (ModqError, OSError) as error:
-            click.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
-            ctx.exit(1)
+            reason = " ".join(str(error).split()) or type(error).__name__
+        click.echo(f"error: {reason}", err=True)
+        return ctx.exit(1)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 import modq
+from modq.cli.settings import table
 from modq.registry import KNOWN_PACKAGES, Backend, Status, list_backends
 from modq.spec import API_VERSION
 
@@ -67,14 +68,11 @@ def _version(version: tuple[int, int]) -> str:
 
 
 def _table(backends: list[Backend]) -> str:
-    """Lay the table out by hand: importing rich takes longer than all the rest of this command."""
     if not backends:
         return f"no backend is installed; begin with `pip install {KNOWN_PACKAGES['nf4']}`"
-    rows = [HEADER, *map(_row, backends)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     reasons = [f"{backend.name}: {backend.reason}" for backend in backends if backend.reason]
-    return "\n".join(line.rstrip() for line in [*lines, *([""] if reasons else []), *reasons])
+    shown = table([HEADER, *map(_row, backends)])
+    return "\n".join([shown, *([""] if reasons else []), *reasons])
 
 
 def _row(backend: Backend) -> tuple[str, ...]:

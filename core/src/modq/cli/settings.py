@@ -1,13 +1,16 @@
-"""The options that several commands share."""
+"""What several commands share: their options, and how they spell things."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from modq.options import build_options, parse_settings
+from modq.registry import Status, list_backends
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -20,10 +23,26 @@ dtype_option = click.option(
 )
 
 
+def _complete_backend(
+    ctx: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Name the usable backends that begin so; no torch is imported for that."""
+    return [
+        CompletionItem(backend.name, help=backend.info.summary if backend.info else None)
+        for backend in list_backends()
+        if backend.status is Status.OK and backend.name.startswith(incomplete)
+    ]
+
+
 def backend_options(*, required: bool) -> Decorator:
     """Add --backend, --bits, --group-size and --set."""
     options = (
-        click.option("--backend", required=required, help="The quantizer; `modq list-backends` names them."),
+        click.option(
+            "--backend",
+            required=required,
+            shell_complete=_complete_backend,
+            help="The quantizer; `modq list-backends` names them.",
+        ),
         click.option("--bits", type=int, help="Short for the backend's own option."),
         click.option("--group-size", type=int, help="Short for the backend's own option."),
         click.option(
@@ -53,6 +72,21 @@ def collect_options(
     return options
 
 
+def kind_of_name(name: str) -> str:
+    """Put `*` for the numbers in a module's name: `model.layers.*.mlp.up_proj`."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
 def megabytes(nbytes: float) -> str:
     """Spell a size: `55.1 MB`."""
     return f"{nbytes / 1e6:.1f} MB"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Lay out rows of one length, the first of them the header.
+
+    By hand: importing rich takes longer than all the rest of a command that prints a few lines.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

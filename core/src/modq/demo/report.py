@@ -10,6 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from modq.demo.run import Outcome
+    from modq.train.progress import Progress
 
 NEXT = (
     "modq quantize MODEL my-model --backend nf4 --set double_quant=true",
@@ -19,9 +20,10 @@ NEXT = (
 """How to go on with one's own model; a test runs them through the command line's parser."""
 
 
-def show_progress(step: int, steps: int, loss: float) -> None:
-    """Print the training loss as it goes."""
-    print(f"  step {step}/{steps}  loss {loss:.3f}", flush=True)
+def show_progress(progress: Progress) -> None:
+    """Print the training loss of every fourth step."""
+    if progress.step % 4 == 0:
+        print(f"  step {progress.step}/{progress.steps}  loss {progress.loss:.3f}", flush=True)
 
 
 def show(outcome: Outcome, console: Console | None = None) -> None:

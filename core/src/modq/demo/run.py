@@ -21,7 +21,8 @@ from modq.errors import ModqError
 from modq.train.memory import peak_rss, reset_peak
 from modq.train.models import Sizes, load_model, load_tokenizer, measure
 from modq.train.perplexity import Perplexity, score
-from modq.train.sft import LoraRecipe, Report, Trained, train_adapter
+from modq.train.progress import Report
+from modq.train.sft import LoraRecipe, Trained, train_adapter
 
 BACKEND = "nf4"
 OPTIONS = {"double_quant": True}
@@ -37,7 +38,6 @@ RECIPE = LoraRecipe(
     batch_size=2,
     max_length=WINDOW,
     gradient_checkpointing=False,
-    report_every=4,
 )
 
 PROMPT = "My fellow Americans, the state of our Union is"

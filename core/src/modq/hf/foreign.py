@@ -25,6 +25,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from modq.errors import CheckpointError, OptionError
 from modq.hf.config import ModqConfig
+from modq.hf.provenance import hash_stored
 from modq.linear import QuantLinear
 from modq.model import dense_linears, quantized_layers
 from modq.op import stored
@@ -51,7 +52,10 @@ def find_format(config: Mapping[str, JSON]) -> tuple[str, Format] | None:
     found = [
         (backend, known)
         for backend, known in known_formats()
-        if all(config.get(key) == value for key, value in known.when.items())
+        if all(
+            config.get(key) in (value if isinstance(value, tuple) else (value,))
+            for key, value in known.when.items()
+        )
     ]
     if len(found) > 1:
         names = ", ".join(f"{known.name} of {backend}" for backend, known in found)
@@ -67,7 +71,7 @@ def expect_foreign(
     dtype: Any,
 ) -> None:
     """Replace the linears that the files hold quantized by layers that wait for their tensors."""
-    backend, known = _required_format(config)
+    backend, known = required_format(config)
     marked = {
         key.removesuffix(f".{known.marker}")
         for file in files
@@ -86,7 +90,7 @@ def expect_foreign(
 
 def conversions(quantizer: Any) -> list[WeightConverter]:
     """Return what the loader needs to hand each linear's tensors to the plugin together."""
-    _, known = _required_format(quantizer.quantization_config.source)
+    _, known = required_format(quantizer.quantization_config.source)
     return [WeightConverter(list(known.tensors), "weight", [ImportOnLoad(quantizer, known)])]
 
 
@@ -131,6 +135,7 @@ class ImportOnLoad(ConversionOps):  # type: ignore[misc]  # transformers is unty
             raise CheckpointError(
                 f"the file's weight is {tuple(imported.qweight.shape)}, the model's {expected}"
             )
+        self.hf_quantizer.weight_hashes[name] = hash_stored(tensors)
         layer.options = imported.options
         layer.allocate(imported.qweight.format_version, imported.qweight.meta)
         packed = stored({key: tensor.contiguous() for key, tensor in imported.qweight.tensors.items()})
@@ -169,10 +174,11 @@ def save_as(model: Any, folder: str | Path, format: str) -> None:
 
 def _foreign_config(model: Any, format: str) -> dict[str, JSON]:
     dense = [name for name, _ in dense_linears(model)]
+    layers = {name: layer.options for name, layer in quantized_layers(model)}
     configs: list[dict[str, JSON]] = []
     for _, layer in quantized_layers(model):
         made = load(layer.backend).export_config(
-            options=layer.options, format=format, dtype=layer.compute_dtype, dense=dense
+            options=layer.options, format=format, dtype=layer.compute_dtype, dense=dense, layers=layers
         )
         if made not in configs:
             configs.append(dict(made))
@@ -191,7 +197,12 @@ def _check_writes(layer: QuantLinear, format: str) -> None:
         raise OptionError(f"backend {layer.backend!r} does not write format {format!r}; it writes {names}")
 
 
-def _required_format(config: Mapping[str, JSON]) -> tuple[str, Format]:
+def required_format(config: Mapping[str, JSON]) -> tuple[str, Format]:
+    """Return the backend and the format of a foreign checkpoint.
+
+    Raises:
+        CheckpointError: if no usable backend reads it, or several formats fit.
+    """
     found = find_format(config)
     if found is None:
         names = ", ".join(sorted({known.name for _, known in known_formats()})) or "none"
@@ -230,7 +241,7 @@ def _claim(stored_config: Any, given: object) -> ModqConfig | None:
         return ModqConfig.of_source(dict(config))
     if isinstance(given, ModqConfig):
         if given.takeover:
-            _required_format(config)
+            required_format(config)
         method = config.get("quant_method")
         raise OptionError(
             f"the checkpoint is quantized already (quant_method {method!r}); "

@@ -11,7 +11,8 @@ that one layer's backend would refuse is refused before any layer has changed.
 it knows. A script that relies on it would run out of memory on any other, so it does for modq's models too.
 
 And an adapter is saved with a side file that says what base it was trained on, and checked against it when it
-is loaded, by PEFT's functions and by those of transformers: see `modq.hf.provenance`.
+is loaded, by PEFT's functions and by those of transformers: see `modq.hf.provenance`. Its card gets a section
+on that base, see `modq.hf.card`.
 
 `modules_to_save` trains a module whole, in a copy. Nothing of a packed copy can be trained, so the copy of a
 quantized layer is the dense layer that it stands for.
@@ -28,7 +29,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from copy import deepcopy
-from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,47 +40,39 @@ from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
 from modq.errors import CheckpointError
+from modq.hf.card import start_card, write_adapter_card
 from modq.hf.config import is_original
 from modq.hf.provenance import check_adapter, save_base
 from modq.hf.quantizer import dense_layer
+from modq.hf.wrap import wrap
 from modq.linear import QuantLinear
 from modq.model import quantized_layers
 from modq.spec import QuantizedWeight
-
-_MARK = "_modq_wrapped"
 
 
 def wrap_peft() -> None:
     """Wrap the tuner classes that exist now; what is wrapped already stays as it is."""
     for cls in _subclasses(BaseTunerLayer):
-        _wrap(cls, "merge", _remembering)
-        _wrap(cls, "unmerge", _restoring)
+        wrap(cls, "merge", _remembering)
+        wrap(cls, "unmerge", _restoring)
     for method in ("merge_adapter", "_unload_and_optionally_merge"):
-        _wrap(BaseTuner, method, _checking_first)
+        wrap(BaseTuner, method, _checking_first)
     for namespace in ("peft", "peft.utils", "peft.utils.other"):
-        _wrap(sys.modules[namespace], "prepare_model_for_kbit_training", _checkpointing)
-    _wrap(ModulesToSaveWrapper, "update", _copying_dense)
+        wrap(sys.modules[namespace], "prepare_model_for_kbit_training", _checkpointing)
+    wrap(ModulesToSaveWrapper, "update", _copying_dense)
     for loader in (PeftModel, PeftMixedModel):
-        _wrap(loader, "from_pretrained", _checking_adapter)
-        _wrap(loader, "load_adapter", _checking_adapter)
-    _wrap(PeftAdapterMixin, "load_adapter", _checking_adapter)
-    _wrap(PeftModel, "save_pretrained", _saving_base)
-    _wrap(PreTrainedModel, "save_pretrained", _saving_native)
+        wrap(loader, "from_pretrained", _checking_adapter)
+        wrap(loader, "load_adapter", _checking_adapter)
+    wrap(PeftAdapterMixin, "load_adapter", _checking_adapter)
+    wrap(PeftModel, "save_pretrained", _saving_base)
+    wrap(PeftModel, "create_or_update_model_card", _carding)
+    wrap(PreTrainedModel, "save_pretrained", _saving_native)
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
     for subclass in cls.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)
-
-
-def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Callable[..., Any]]) -> None:
-    found = vars(owner).get(name)
-    method = found.__func__ if isinstance(found, classmethod) else found
-    if method is not None and not hasattr(method, _MARK):
-        wrapped = wraps(method)(wrapper(method))
-        setattr(wrapped, _MARK, True)
-        setattr(owner, name, classmethod(wrapped) if isinstance(found, classmethod) else wrapped)
 
 
 class _Original(NamedTuple):
@@ -227,6 +219,19 @@ def _saving_base(save: Callable[..., Any]) -> Callable[..., Any]:
         if given.arguments["is_main_process"]:
             for name in given.arguments["selected_adapters"] or list(model.peft_config):
                 save_base(model, folder if name == "default" else Path(folder, name))
+        return result
+
+    return wrapped
+
+
+def _carding(update: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(self: Any, output_dir: str) -> Any:
+        quantized = any(quantized_layers(self))
+        if quantized:
+            start_card(output_dir)
+        result = update(self, output_dir)
+        if quantized:
+            write_adapter_card(output_dir, self)
         return result
 
     return wrapped

@@ -10,6 +10,11 @@ float32 is one source, and half the bytes are hashed. What rounding hides shows 
 for which most processors have instructions. Every byte counts, so a small edit shows; a sample would be
 cheaper, and need not be (`docs/log.md` has the figures). Layers are hashed each by itself and joined in the
 order of their names, so that shards do not matter.
+
+A base that comes from a checkpoint of another format has no such weights: what was quantized is not known any
+more. Its source is that checkpoint's own tensors, as they are stored, and its hash has the format's name in
+front ("name:hash"). Hashes of two kinds are not compared: the same weights, quantized by modq and by another
+package to the same codes, are the same base, and only the codes can tell.
 """
 
 from __future__ import annotations
@@ -74,11 +79,26 @@ def hash_weight(weight: Tensor) -> str:
     return digest.hexdigest()
 
 
-def join_hashes(hashes: Mapping[str, str], model: Any) -> str | None:
-    """Join the hashes of a model's weights, by module name; None if there are none."""
+def hash_stored(tensors: Mapping[str, Tensor]) -> str:
+    """Hash what a checkpoint of another format stores for one layer."""
+    digest = sha256()
+    for name in sorted(tensors):
+        _feed(digest, name, tensors[name])
+    return digest.hexdigest()
+
+
+def join_hashes(hashes: Mapping[str, str], model: Any, format: str | None = None) -> str | None:
+    """Join the hashes of a model's weights, by module name; None if there are none.
+
+    Args:
+        hashes: by module name.
+        model: the model, for the prefix that its names may have.
+        format: the checkpoint's format, where its stored tensors were hashed; None for dense weights.
+    """
     named = {_plain(name, model): value for name, value in hashes.items()}
     joined = "".join(f"{name} {named[name]}\n" for name in sorted(named))
-    return sha256(joined.encode()).hexdigest() if joined else None
+    digest = sha256(joined.encode()).hexdigest() if joined else None
+    return f"{format}:{digest}" if format and digest else digest
 
 
 def hash_codes(layers: Mapping[str, QuantLinear]) -> str | None:
@@ -90,10 +110,14 @@ def hash_codes(layers: Mapping[str, QuantLinear]) -> str | None:
         for tensor_name, tensor in layer.named_packed():
             if type(tensor) is not nn.Parameter or tensor.is_meta:  # sharded by FSDP2, or offloaded
                 return None
-            digest.update(f"{name}.{tensor_name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            for chunk in torch.split(tensor.detach().reshape(-1), _CHUNK):
-                digest.update(_bytes(chunk))
+            _feed(digest, f"{name}.{tensor_name}", tensor)
     return digest.hexdigest()
+
+
+def _feed(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    for chunk in torch.split(tensor.detach().reshape(-1), _CHUNK):
+        digest.update(_bytes(chunk))
 
 
 def _bytes(tensor: Tensor) -> Any:
@@ -108,7 +132,7 @@ def describe_base(model: Any) -> Base:
     base = _without_peft(model)
     config = getattr(getattr(base, "hf_quantizer", None), "quantization_config", None)
     source = (getattr(config, "resolved", None) or {}).get("source")
-    record = resolve(_base_layers(base).items(), source)
+    record = resolve(base_layers(base).items(), source)
     return Base(record.get("source"), record["schemes"], record["modules"])
 
 
@@ -116,7 +140,7 @@ def _without_peft(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _base_layers(model: Any) -> dict[str, QuantLinear]:
+def base_layers(model: Any) -> dict[str, QuantLinear]:
     """Return the quantized layers of the base by the names that they have without adapters, and without the
     prefix that the same layers have below a head.
     """
@@ -140,7 +164,7 @@ def _plain(name: str, model: Any) -> str:
 def save_base(model: Any, folder: str | Path) -> None:
     """Write the side file of an adapter that is saved to `folder`; over a dense base leave none there."""
     path = Path(folder, FILE)
-    layers, base = _base_layers(model), describe_base(model)
+    layers, base = base_layers(model), describe_base(model)
     if not layers:
         path.unlink(missing_ok=True)  # of an adapter that was overwritten
         return
@@ -251,7 +275,7 @@ def _compare(trained: Base, model: Any, adapter: str | Path) -> None:
             f"adapter {str(adapter)!r} was trained on another base: {difference}; "
             f"load the base that it was trained on, or set {CHECK}=warn to use it on this one"
         )
-    for doubt in _doubts(trained, here, _base_layers(model)):
+    for doubt in _doubts(trained, here, base_layers(model)):
         warnings.warn(f"adapter {str(adapter)!r}: {doubt}", stacklevel=6)
 
 
@@ -259,14 +283,27 @@ def _differences(trained: Base, here: Base, model: Any) -> Iterator[str]:
     """Yield what makes this another base."""
     present = {_plain(name, model) for name, _ in model.named_modules()}
     for name in sorted({*trained.modules, *here.modules}):
-        was, now = _kind(trained.scheme(name)), _kind(here.scheme(name))
+        was, now = describe_scheme(trained.scheme(name)), describe_scheme(here.scheme(name))
         if was != now and (
             name in here.modules or name in present
         ):  # a part that this class lacks is no loss
             yield f"{name} was {was}, and is {now} here"
-    if trained.source and here.source and trained.source != here.source:
-        was, now = trained.source[:16], here.source[:16]
+    if _same_source(trained, here) is False:
+        was, now = _short(trained.source), _short(here.source)
         yield f"its source weights have the hash {was}…, those of this base {now}…"
+
+
+def _same_source(trained: Base, here: Base) -> bool | None:
+    """Whether two bases have one source; None if one is not known, or they are hashes of two kinds."""
+    if not (trained.source and here.source):
+        return None
+    kinds = {base.source.rpartition(":")[0] for base in (trained, here) if base.source}
+    return trained.source == here.source if len(kinds) == 1 else None
+
+
+def _short(source: str | None) -> str:
+    kind, colon, digest = (source or "").rpartition(":")
+    return f"{kind}{colon}{digest[:16]}"
 
 
 def _doubts(trained: Base, here: Base, layers: Mapping[str, QuantLinear]) -> Iterator[str]:
@@ -284,14 +321,15 @@ def _doubts(trained: Base, here: Base, layers: Mapping[str, QuantLinear]) -> Ite
             yield (
                 f"the codes of this base have the hash {codes[:16]}…, those that it was trained on "
                 f"{scheme['codes'][:16]}…; codes made on another device may differ by a step, and "
-                f"{'the source weights are the same' if trained.source and here.source else _UNKNOWN}"
+                f"{'the source weights are the same' if _same_source(trained, here) else _UNKNOWN}"
             )
 
 
 _UNKNOWN = "whether the source weights are the same is not known: compare results, or load that very base"
 
 
-def _kind(scheme: Mapping[str, JSON] | None) -> str:
+def describe_scheme(scheme: Mapping[str, JSON] | None) -> str:
+    """Say how a module is quantized, such as "name(option=value)"."""
     if scheme is None:
         return "dense"
     options = ", ".join(f"{key}={value!r}" for key, value in sorted(scheme["options"].items()))

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 
 from modq.api import describe_weight, quantize_weight
-from modq.errors import CheckpointError, ModqError, ShapeError
+from modq.errors import CheckpointError, ModqError, OptionError, ShapeError
 from modq.hf.config import ModqConfig, read_modules, resolve
-from modq.hf.foreign import ImportOnLoad, conversions, expect_foreign
+from modq.hf.foreign import ImportOnLoad, conversions, expect_foreign, required_format
+from modq.hf.observe import current_observer
 from modq.hf.provenance import hash_weight, join_hashes
 from modq.linear import QuantLinear
 from modq.model import Recipe, dense_linears, plan_layers, quantize_layers, quantized_layers
@@ -46,6 +48,10 @@ class ModqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         self.weight_hashes: dict[str, str] = {}  # of what is quantized on load, by module name
 
     # Loading
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what the model cannot be loaded into, before anything is loaded."""
+        _refuse_zero3()
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether this checkpoint key is the dense weight that a layer waits for."""
@@ -80,7 +86,10 @@ class ModqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
             return
         if config.takeover:
             raise CheckpointError("ModqConfig(takeover=True) is for quantized checkpoints; this one is dense")
-        for name, scheme in plan_layers(model, config.recipe, default_skips(model, config.recipe)).items():
+        plan = plan_layers(model, config.recipe, default_skips(model, config.recipe))
+        if observer := current_observer():
+            observer.planned(list(plan))
+        for name, scheme in plan.items():
             layer = QuantLinear.like(model.get_submodule(name), scheme.backend, scheme.options, dtype=dtype)
             layer.expect_dense()
             model.set_submodule(name, layer)
@@ -90,8 +99,10 @@ class ModqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
             raise self.failure from None
         for name, layer in quantized_layers(model):
             _check_loaded(name, layer)
-        self._record(model, join_hashes(self.weight_hashes, model))
-        if self.quantization_config.source is not None:  # from here on it is a model like any of modq's
+        foreign = self.quantization_config.source
+        format = None if foreign is None else required_format(foreign)[1].name
+        self._record(model, join_hashes(self.weight_hashes, model, format))
+        if foreign is not None:  # from here on it is a model like any of modq's
             self.quantization_config.source = None
             model._weight_conversions = [c for c in model._weight_conversions if not _is_import(c)]
         return model
@@ -182,11 +193,19 @@ class _QuantizeOnLoad(ConversionOps):  # type: ignore[misc]  # transformers is u
     def _convert_one(self, model: Any, key: str, weight: Tensor) -> dict[str, Tensor]:
         name = key.rpartition(".")[0]
         tensors = self.quantizer.collect_failure(
-            name, lambda: _quantize_into(model.get_submodule(name), weight)
+            name, lambda: _quantize_into(model.get_submodule(name), name, weight)
         )
         if tensors:
             self.quantizer.weight_hashes[name] = hash_weight(weight)
         return {f"{name}.{tensor_name}": tensor for tensor_name, tensor in tensors.items()}
+
+
+def _refuse_zero3() -> None:
+    if is_deepspeed_zero3_enabled():
+        raise OptionError(
+            "DeepSpeed ZeRO-3 partitions the parameters, which modq's packed ones do not support; "
+            "use ZeRO stage 1 or 2, DDP, or FSDP2 to shard them"
+        )
 
 
 def default_skips(model: Any, recipe: Recipe) -> list[str]:
@@ -211,6 +230,7 @@ def _heads(model: Any) -> list[str]:
 
 def quantize_pretrained(model: Any, recipe: Recipe) -> None:
     """Quantize a transformers model in memory and give it what `from_pretrained` would have."""
+    _refuse_zero3()
     config = ModqConfig.of(recipe)
     plan = plan_layers(model, recipe, default_skips(model, recipe))
     source = join_hashes({name: hash_weight(model.get_submodule(name).weight) for name in plan}, model)
@@ -221,13 +241,18 @@ def quantize_pretrained(model: Any, recipe: Recipe) -> None:
     model.is_quantized, model.quantization_method = True, config.quant_method
 
 
-def _quantize_into(layer: QuantLinear, weight: Tensor) -> dict[str, Tensor]:
+def _quantize_into(layer: QuantLinear, name: str, weight: Tensor) -> dict[str, Tensor]:
     """Quantize a layer's dense weight; leave the layer with slots on meta, which the loader fills."""
     dense = weight.T if layer.conv1d else weight
     if dense.shape != (layer.out_features, layer.in_features):
         given, expected = tuple(dense.shape), (layer.out_features, layer.in_features)
         raise ShapeError(f"the checkpoint's weight is {given}, the model's config expects {expected}")
+    observer = current_observer()
+    if observer:
+        observer.begins(name)
     qweight = quantize_weight(dense, layer.backend, layer.options)
+    if observer:
+        observer.quantized(name, dense, qweight)
     layer.allocate(qweight.format_version, qweight.meta)
     assert layer.handle == make_handle(qweight)  # `quantize_weight` has compared it with what was described
     return stored(qweight.tensors)

@@ -33,6 +33,7 @@ class Inspection:
     parameters: int  # of the model that it stands for, whatever they are packed into; tied ones count once
     dtype: str
     quant_method: str | None
+    source: str | None  # the hash of the weights that were quantized, where the checkpoint records it
     sizes: Sizes
     schemes: tuple[SchemeInfo, ...]
 
@@ -60,6 +61,7 @@ def inspect_model(source: str) -> Inspection:
         parameters=parameters,
         dtype=str(dtype).removeprefix("torch."),
         quant_method=stored and stored["quant_method"],
+        source=((stored or {}).get("resolved") or {}).get("source"),
         sizes=measure(model),
         schemes=schemes,
     )

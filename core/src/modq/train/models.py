@@ -1,18 +1,18 @@
-"""Loads, measures and quantizes transformers models for the commands."""
+"""Loads and measures transformers models for the commands."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from modq.errors import CheckpointError
+from modq.errors import CheckpointError, ModqError
 from modq.model import quantized_layers
-from modq.train.folders import new_folder
+from modq.train.processes import local_rank, process_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +47,66 @@ def load_model(
         dtype: of what is not quantized: "auto" (as stored), "bfloat16", "float16" or "float32".
 
     Raises:
-        CheckpointError: if the model is of a kind that the commands do not take.
+        CheckpointError: if the model is of a kind that the commands do not take, a file is damaged, or
+            tensors are missing or of another shape: transformers would fill those with random numbers.
         BackendError, OptionError: as `modq.ModqConfig`.
     """
     from transformers import AutoModelForCausalLM
 
     _refuse_twice(source, read_config(source), backend)
-    wanted: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    wanted: dict[str, Any] = {
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are refused below, by name
+    }
     if backend is not None:
         from modq.hf.config import ModqConfig
 
         wanted["quantization_config"] = ModqConfig(backend, **(options or {}))
     if torch.cuda.is_available():
-        wanted["device_map"] = "auto"
-    return AutoModelForCausalLM.from_pretrained(source, **wanted)
+        # Data parallel: each process has the whole model on an accelerator of its own
+        wanted["device_map"] = "auto" if process_count() == 1 else {"": local_rank()}
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(source, **wanted)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{_damaged_file(source)} cannot be read: {error}; is it copied or downloaded whole?"
+        ) from error
+    _refuse_gaps(source, found)
+    return model
 
 
-def read_config(source: str) -> Any:
-    """Read a model's config, refusing early what would fail late or in a paragraph."""
+def _damaged_file(source: str) -> str:
+    """Name the file of a model whose header cannot be read; the model itself if it is none of a folder's."""
+    for path in sorted(Path(source).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                continue
+        except SafetensorError:
+            return repr(str(path))
+    return repr(source)
+
+
+def _refuse_gaps(source: str, found: Mapping[str, Any]) -> None:
+    """Refuse a model whose tensors are not all those that its config asks for."""
+    if mismatched := sorted(found["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise CheckpointError(
+            f"{source!r}: {name} is {tuple(stored)}, its config expects {tuple(expected)}: "
+            "config and tensors disagree"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(
+            f"{source!r} has no tensor {missing[0]} ({len(missing)} missing in all); is a shard missing, "
+            "or is it another kind of model?"
+        )
+
+
+def read_config(source: str, *, encoder_decoder: bool = False) -> Any:
+    """Read a model's config, refusing early what would fail late or in a paragraph.
+
+    Encoder-decoders are refused, too, unless `encoder_decoder`.
+    """
     from transformers import AutoConfig
 
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
@@ -78,7 +120,7 @@ def read_config(source: str) -> Any:
     except OSError as error:
         # transformers adds a paragraph on access tokens
         raise CheckpointError(f"{source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if config.is_encoder_decoder:
+    if config.is_encoder_decoder and not encoder_decoder:
         kind = config.model_type
         raise CheckpointError(
             f"{source!r} is an encoder-decoder ({kind}), expected a causal model; see README for those"
@@ -100,11 +142,17 @@ def load_tokenizer(source: str) -> Any:
     """Load the tokenizer of a model.
 
     Raises:
-        CheckpointError: if it has no end-of-text token, which training and padding need.
+        CheckpointError: if it cannot be loaded, or has no end-of-text token, which training and padding need.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # the parser of tokenizer.json raises nothing narrower
+        raise CheckpointError(
+            f"the tokenizer of {source!r} cannot be loaded: {_first_line(error)}; "
+            "is a file missing or damaged?"
+        ) from error
     if tokenizer.eos_token is None:
         raise CheckpointError(
             f"the tokenizer of {source!r} has no eos_token; set one in its tokenizer_config.json"
@@ -113,38 +161,34 @@ def load_tokenizer(source: str) -> Any:
 
 
 def add_adapter(model: Any, adapter: str) -> Any:
-    """Put a saved adapter on a model, for inference."""
-    from peft import PeftModel
+    """Put a saved adapter on a model, for inference; it is a folder, or a name on the hub.
+
+    Raises:
+        CheckpointError: if it is none, is damaged, does not fit the model, or belongs to another base.
+    """
+    from peft import PeftConfig, PeftModel
 
     if not (Path(adapter) / "adapter_config.json").is_file():
+        try:
+            PeftConfig.from_pretrained(adapter)
+        except (ValueError, OSError):
+            raise CheckpointError(
+                f"{adapter!r} holds no adapter_config.json; expected the folder of a saved adapter, or its "
+                "name on the hub"
+            ) from None
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except ModqError:
+        raise
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{adapter!r} holds no adapter_config.json; expected the folder of a saved adapter"
-        )
-    return PeftModel.from_pretrained(model, adapter)
+            f"adapter {adapter!r} cannot be put on this model: {_first_line(error)}; "
+            "is a file damaged, or was it trained on another model?"
+        ) from error
 
 
-def quantize_folder(
-    source: str,
-    output: Path,
-    *,
-    backend: str,
-    options: Mapping[str, Any],
-    dtype: str = "auto",
-    format: str | None = None,
-) -> tuple[Sizes, float]:
-    """Quantize a model into a new folder, tokenizer included; return its sizes and the seconds it took.
-
-    With `format` the folder is in another package's format, see `modq.hf.foreign`.
-    """
-    started = time.perf_counter()
-    with new_folder(output) as unfinished:
-        model = load_model(source, backend=backend, options=options, dtype=dtype)
-        if format is None:
-            model.save_pretrained(unfinished)
-        else:
-            from modq.hf.foreign import save_as
-
-            save_as(model, unfinished, format)
-        load_tokenizer(source).save_pretrained(unfinished)
-        sizes = measure(model)
-    return sizes, time.perf_counter() - started
+def _first_line(error: Exception) -> str:
+    """Say what an error of another package is about: the rest is advice, or the same for other tensors."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    shown = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return f"{type(error).__name__}: {shown.rstrip('.')}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ def quiet() -> Iterator[None]:
         from transformers.utils import logging as transformers_logging  # sets up its own level when imported
 
         transformers_logging.disable_progress_bar()
+        if "datasets" in sys.modules:  # it has read its setting already
+            sys.modules["datasets"].disable_progress_bars()
         for name in CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
         yield

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 
 from modq.errors import ModqError, OptionError
 from modq.model import dense_linears, quantized_layers
+from modq.train.checkpoints import last_whole
 from modq.train.data import Rows
-
-Report = Callable[[int, int, float], None]
-"""Called with (step, steps, loss) while training."""
+from modq.train.folders import Interrupted
+from modq.train.processes import is_main
+from modq.train.progress import History, Report, Watch, peak_memory, stopping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,19 +38,36 @@ class LoraRecipe:
     max_length: int = 512
     seed: int = 0
     gradient_checkpointing: bool = True
-    report_every: int = 10
+    save_every: int = 100  # steps between checkpoints, where they are kept
+    eval_every: int = 100  # steps between evaluations; there is one before and one after in any case
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """What training came to."""
+    """What training came to; `seconds`, `tokens_per_second` and `peak_memory` are of this session alone."""
 
     steps: int
     seconds: float
-    train_loss: float
+    tokens: int  # without padding, counted once for each time that they were trained on
+    tokens_per_second: float
+    peak_memory: int  # bytes
     trainable_parameters: int
-    eval_loss_before: float | None = None
-    eval_loss: float | None = None
+    history: History
+
+    @property
+    def train_loss(self) -> float:
+        """The mean loss over all steps."""
+        return statistics.fmean(entry["loss"] for entry in self.history.steps)
+
+    @property
+    def eval_loss_before(self) -> float | None:
+        """The loss on the evaluation data before the first step, if there was such data."""
+        return self.history.evals[0]["loss"] if self.history.evals else None
+
+    @property
+    def eval_loss(self) -> float | None:
+        """The loss on the evaluation data after the last step, if there was such data."""
+        return self.history.evals[-1]["loss"] if self.history.evals else None
 
 
 class MissingTrainerError(ModqError):
@@ -61,10 +80,15 @@ def train_adapter(
     rows: Rows,
     recipe: LoraRecipe,
     output: Path,
+    *,
     eval_rows: Rows | None = None,
     report: Report | None = None,
+    stoppable: bool = False,
+    checkpoints: Path | None = None,
 ) -> tuple[Any, Trained]:
     """Train LoRA on every linear of `model` and write the adapter and the tokenizer to `output`.
+
+    In several processes (torchrun) each calls this, and one writes.
 
     Args:
         model: a causal language model; PEFT puts the adapter's layers inside it.
@@ -72,35 +96,80 @@ def train_adapter(
         rows: the examples.
         recipe: how to train.
         output: the folder of the adapter.
-        eval_rows: scored before and after training, if given.
-        report: told about the loss as it goes.
+        eval_rows: scored before, during and after training, if given.
+        report: told about each step.
+        stoppable: whether Ctrl-C and SIGTERM stop after the step; for the main thread only.
+        checkpoints: a folder for checkpoints; training goes on from the last whole one in it. None: none.
 
     Returns:
         The model with its adapter, in evaluation mode, and what training came to.
+
+    Raises:
+        Interrupted: if it was stopped before the last step; a checkpoint of that step was written.
+        TrainingError: if the loss is not finite.
     """
-    started = time.perf_counter()
+    resume = last_whole(checkpoints) if checkpoints else None
+    evaluation = {
+        "eval_strategy": "steps" if eval_rows else "no",
+        "eval_on_start": bool(eval_rows) and resume is None,
+        "eval_steps": recipe.eval_every,
+    }
+    saving = {
+        "output_dir": str(checkpoints or output),
+        "save_strategy": "steps" if checkpoints else "no",
+        "save_steps": recipe.save_every,
+        "save_total_limit": 2,  # the last may not be whole when the processes are killed
+    }
     # The Trainer seeds torch for the data order, PEFT draws A from the same state: not the caller's.
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        trainer = _trainer(model, tokenizer, rows, recipe, output, eval_rows, report)
-        before = _eval_loss(trainer, eval_rows)
-        result = trainer.train()
-        after = _eval_loss(trainer, eval_rows)
-    trainer.save_model(str(output))  # the tokenizer goes along
-    trained = trainer.model.eval()
-    adapter = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
-    seconds = time.perf_counter() - started
-    return trained, Trained(result.global_step, seconds, result.training_loss, adapter, before, after)
+        trainer = _trainer(model, tokenizer, rows, eval_rows, recipe, **evaluation, **saving)
+        with stopping() if stoppable else nullcontext() as stop:
+            trainer.add_callback(Watch(report, stop))
+            started = time.perf_counter()
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        seconds = time.perf_counter() - started
+        _check_finished(trainer, checkpoints)
+        if eval_rows and History.of(trainer.state.log_history).evals[-1]["step"] < trainer.state.global_step:
+            trainer.evaluate()
+    _save(trainer, output)
+    return trainer.model.eval(), _summary(trainer, seconds)
+
+
+def _check_finished(trainer: Any, checkpoints: Path | None) -> None:
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if step < steps:
+        way_on = "a checkpoint was written, add --resume to go on" if checkpoints else "nothing was kept"
+        raise Interrupted(f"stopped at step {step} of {steps}; {way_on}")
+
+
+def _save(trainer: Any, output: Path) -> None:
+    """Write the adapter and the tokenizer, whichever way the model is sharded."""
+    trainer.save_model(str(output))
+    if is_main():
+        (output / "training_args.bin").unlink()  # a pickle, which nobody should load
+
+
+def _summary(trainer: Any, seconds: float) -> Trained:
+    state = trainer.state
+    return Trained(
+        steps=state.global_step,
+        seconds=seconds,
+        tokens=state.num_input_tokens_seen,
+        tokens_per_second=(state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen) / seconds,
+        peak_memory=peak_memory(),
+        trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        history=History.of(state.log_history),
+    )
 
 
 def _trainer(
     model: Any,
     tokenizer: Any,
     rows: Rows,
-    recipe: LoraRecipe,
-    output: Path,
     eval_rows: Rows | None,
-    report: Report | None,
+    recipe: LoraRecipe,
+    **given: Any,
 ) -> Any:
     from peft import LoraConfig
     from transformers import PrinterCallback
@@ -121,12 +190,11 @@ def _trainer(
     )
     trainer = SFTTrainer(
         model=model,
-        args=_arguments(model, recipe, output),
+        args=_arguments(model, recipe, **given),
         train_dataset=_dataset(rows),
         eval_dataset=_dataset(eval_rows) if eval_rows else None,
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=[_reporter(report)] if report else None,
     )
     trainer.remove_callback(PrinterCallback)  # it would print a dictionary a step
     return trainer
@@ -154,12 +222,11 @@ def _as_peft_takes_it(target_modules: str | tuple[str, ...]) -> str | list[str]:
     return target_modules if isinstance(target_modules, str) else list(target_modules)
 
 
-def _arguments(model: Any, recipe: LoraRecipe, output: Path) -> Any:
+def _arguments(model: Any, recipe: LoraRecipe, **given: Any) -> Any:
     """Translate the recipe. Mixed precision follows the model: float32 stays float32, wherever it runs."""
     from trl import SFTConfig
 
     return SFTConfig(
-        output_dir=str(output),
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation,
         optim=recipe.optim,
@@ -174,32 +241,18 @@ def _arguments(model: Any, recipe: LoraRecipe, output: Path) -> Any:
         fp16=model.dtype == torch.float16,
         use_cpu=not torch.accelerator.is_available(),  # without it, bf16 on a CPU is refused
         gradient_checkpointing=recipe.gradient_checkpointing,
-        logging_steps=recipe.report_every,
-        save_strategy="no",  # the adapter is written once, at the end
+        logging_steps=1,  # a resumed run has the whole history, whatever the step it was stopped at
+        logging_nan_inf_filter=False,  # a loss that is not finite must show
+        include_num_input_tokens_seen="non_padding",
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # every adapter takes part in every step
+        **given,
     )
 
 
 def _dataset(rows: Rows) -> Any:
     from datasets import Dataset
 
-    return Dataset.from_list([dict(row) for row in rows])
-
-
-def _eval_loss(trainer: Any, rows: Rows | None) -> float | None:
-    return float(trainer.evaluate()["eval_loss"]) if rows else None
-
-
-def _reporter(report: Report) -> Any:
-    from transformers import TrainerCallback
-
-    class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
-        """Passes the loss on."""
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **_: Any) -> None:
-            if "loss" in logs:
-                report(state.global_step, state.max_steps, float(logs["loss"]))
-
-    return Reporter()
+    return rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])

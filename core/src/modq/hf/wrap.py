@@ -1,0 +1,22 @@
+"""Wraps functions of other packages, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+_MARK = "_modq_wrapped"
+
+
+def wrap(owner: Any, name: str, wrapper: Callable[[Any], Callable[..., Any]]) -> None:
+    """Put `wrapper(function)` in the place of a module's function or a class's own method.
+
+    What is wrapped already, or is not there, stays as it is.
+    """
+    found = vars(owner).get(name)
+    function = found.__func__ if isinstance(found, classmethod) else found
+    if function is not None and not hasattr(function, _MARK):
+        wrapped = wraps(function)(wrapper(function))
+        setattr(wrapped, _MARK, True)
+        setattr(owner, name, classmethod(wrapped) if isinstance(found, classmethod) else wrapped)
