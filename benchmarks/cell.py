@@ -1,0 +1,29 @@
+"""The process of one cell, seen from inside: settings come as JSON, figures go as one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+MARK = "RESULT "
+"""Starts the line that the runner reads; libraries print what they like around it."""
+
+COMMON = ("torch", "transformers", "peft")
+
+
+def run(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Measure what the command line's JSON asks for, and print the figures for the runner."""
+    warnings.simplefilter("ignore")  # theirs, about one another's old names
+    figures = measure(json.loads(sys.argv[1]))
+    print(f"\n{MARK}{json.dumps(figures)}", flush=True)
+
+
+def versions(system: str) -> dict[str, str]:
+    """Return the versions of the packages that took part in this process."""
+    from benchmarks.systems import SYSTEMS
+
+    return {package: version(package) for package in (*COMMON, *SYSTEMS[system].packages)}

@@ -1,0 +1,84 @@
+"""The suite `nli`: does the quantized base cost quality on a real task? One recipe, several seeds.
+
+Natural-language inference: does one sentence entail the other (see nli_data.py)? A round is a seed, which
+sets the LoRA's initial factors and the order of the training examples, the same for every system; the
+held-out examples are the same for all. The untrained base is scored too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmarks.nli_data import fetch
+from benchmarks.runner import Cell, Runs, Say, run_rounds
+from benchmarks.systems import SYSTEMS
+from benchmarks.training import environment
+
+MODULE = "benchmarks.nli_cell"
+NAME = "nli"
+
+COMPARED = ("modq", "dense", "bitsandbytes")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the suite's own arguments."""
+    parser.add_argument("--train", type=int, default=300, help="training examples, seen once (default: 300)")
+    parser.add_argument("--held-out", type=int, default=300, help="examples to score (default: 300)")
+    parser.add_argument("--longest", type=int, default=64, help="tokens of the longest example (default: 64)")
+    parser.add_argument(
+        "--learning-rate", type=float, default=1e-3, help="of AdamW, constant (default: 1e-3)"
+    )
+
+
+def run(given: argparse.Namespace, model: Path, work: Path, say: Say) -> list[Runs]:
+    """Score each system untrained, then train and score it once a seed."""
+    common = {
+        "model": str(model),
+        "data": str(fetch()),
+        "threads": given.threads,
+        "dtype": "float32",
+        "train": given.train,
+        "held_out": given.held_out,
+        "longest": given.longest,
+        "batch_size": 8,
+        "learning_rate": given.learning_rate,
+    }
+    systems = [system for system in COMPARED if given.systems is None or system in given.systems]
+    untrained = [_cell(system, common, trained=False, seed=0) for system in systems]
+    runs = run_rounds(untrained, 1, work, timeout=given.timeout, say=say)
+    seeds = [
+        run_rounds(
+            [_cell(system, common, trained=True, seed=seed) for system in systems],
+            1,
+            work,
+            timeout=given.timeout,
+            say=lambda line, seed=seed: say(f"seed {seed}  {line.partition('  ')[2]}"),
+        )
+        for seed in range(given.rounds)
+    ]
+    return runs + [_joined(of_system) for of_system in zip(*seeds, strict=True)]
+
+
+def _joined(seeds: tuple[Runs, ...]) -> Runs:
+    """Make the seeds the rounds of one cell."""
+    reasons = [each.not_run for each in seeds if each.not_run]
+    return Runs(seeds[0].cell, [each.rounds[0] for each in seeds], reasons[0] if reasons else None)
+
+
+def _cell(system: str, common: dict[str, Any], *, trained: bool, seed: int) -> Cell:
+    settings = {
+        **common,
+        "system": system,
+        "setting": SYSTEMS[system].setting,
+        "trained": trained,
+        "seed": seed,
+    }
+    return Cell(
+        f"{system}, {'trained' if trained else 'untrained'}",
+        MODULE,
+        settings,
+        SYSTEMS[system].peer,
+        environment(system, common["threads"]),
+    )

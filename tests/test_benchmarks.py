@@ -1,0 +1,341 @@
+"""The benchmarks: how cells are run and compared, what the reports say, and one suite from end to end."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # benchmarks/ is run from the repository, never installed
+
+from benchmarks import nli, nli_report, runner, tables, training_report  # noqa: E402  # after the path
+from benchmarks.__main__ import main as benchmarks_main  # noqa: E402
+from benchmarks.nli_data import ANSWERS, LABELS, Example, read_examples, split  # noqa: E402
+from benchmarks.runner import Cell, CellError, Runs, Spread  # noqa: E402
+
+
+def quiet(line: str) -> None:
+    """Take what a runner says."""
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Cell]:
+    """`script("a", code)`: a cell that runs `code`, and appends its name to the file `order`."""
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+
+    def cell(name: str, code: str = 'print("RESULT " + json.dumps({"speed": 1.0}))', **more: Any) -> Cell:
+        start = f"import json, os, sys, time\nopen({str(tmp_path / 'order')!r}, 'a').write('{name} ')\n"
+        (tmp_path / f"script_{name}.py").write_text(start + code)
+        return Cell(name, f"script_{name}", {"number": 7}, **more)
+
+    return cell
+
+
+def test_rounds_are_interleaved(script: Callable[..., Cell], tmp_path: Path) -> None:
+    runs = runner.run_rounds([script("a"), script("b")], 2, tmp_path / "work", timeout=60, say=quiet)
+    assert (tmp_path / "order").read_text().split() == ["a", "b", "a", "b"]
+    assert [each.rounds for each in runs] == [[{"speed": 1.0}] * 2] * 2
+
+
+def test_a_cell_gets_its_settings_and_variables_and_works_elsewhere(
+    script: Callable[..., Cell], tmp_path: Path
+) -> None:
+    code = (
+        'told = json.loads(sys.argv[1])["number"]\n'
+        'print("noise\\nRESULT " + json.dumps({"told": told, "v": os.environ["V"], "in": os.getcwd()}))'
+    )
+    figures = runner.run_cell(script("a", code, environment={"V": "x"}), tmp_path / "work", 60)
+    assert figures == {"told": 7, "v": "x", "in": str(tmp_path / "work")}
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ('raise ValueError("no such kernel")', "exit code 1: ValueError: no such kernel"),
+        ('print("hello")', "printed 0 lines"),
+        ('print("RESULT {}"); print("RESULT {}")', "printed 2 lines"),
+        ("time.sleep(60)", "took more than 2 s"),
+    ],
+)
+def test_a_cell_that_fails_says_why_and_does_not_stop_the_others(
+    script: Callable[..., Cell], tmp_path: Path, code: str, reason: str
+) -> None:
+    cells = [script("bad", code), script("good")]
+    bad, good = runner.run_rounds(cells, 2, tmp_path / "work", timeout=2, say=quiet)
+    assert bad.not_run is not None
+    assert bad.not_run.startswith(reason)
+    assert bad.rounds == [None]
+    assert len(good.rounds) == 2
+
+
+def test_a_missing_environment_is_reported_with_the_command_that_makes_it(
+    script: Callable[..., Cell], tmp_path: Path
+) -> None:
+    with pytest.raises(CellError, match=r"no environment for absent: .*python -m benchmarks\.peers absent"):
+        runner.run_cell(script("a", peer="absent"), tmp_path, 60)
+
+
+def runs(name: str, values: list[Any], *, not_run: str | None = None, **settings: Any) -> Runs:
+    """A cell's runs with one metric."""
+    return Runs(Cell(name, "", settings), [None if v is None else {"speed": v} for v in values], not_run)
+
+
+def test_cells_are_compared_round_by_round() -> None:
+    slow_machine = [10.0, 1.0, 4.0]
+    ours, other = runs("ours", [2 * v for v in slow_machine]), runs("other", slow_machine)
+    assert runner.ratio(ours, other, "speed") == Spread(2.0, 2.0, 2.0)
+
+
+def test_a_spread_is_a_median_and_the_extremes() -> None:
+    assert Spread.of([9.0, 1.0, 2.0]) == Spread(2.0, 1.0, 9.0)
+    assert Spread.of([]) is None
+
+
+def test_a_series_counts_by_its_median_and_a_lost_round_not_at_all() -> None:
+    ours, other = runs("ours", [[1.0, 2.0, 90.0], None]), runs("other", [4.0, 4.0])
+    assert ours.values("speed") == [2.0]
+    assert runner.ratio(ours, other, "speed") == Spread(0.5, 0.5, 0.5)
+    assert runner.ratio(runs("none", [None]), other, "speed") is None
+
+
+def test_results_survive_json_and_hold_no_path() -> None:
+    one = runs(
+        "a", [[1.0, 2.0], None], not_run="failed", system="modq", model="/x", checkpoint="/y", data="/z"
+    )
+    found = json.loads(json.dumps(runner.results([one])))
+    (back,) = runner.from_results(found)
+    assert (back.cell.name, back.rounds, back.not_run) == ("a", one.rounds, "failed")
+    assert back.cell.settings == {"system": "modq"}
+
+
+def test_a_table_is_aligned_markdown() -> None:
+    assert tables.table(["name", "n"], [["a", "12"], ["long name", "3"]]).splitlines() == [
+        "| name      |  n |",
+        "| --------- | -: |",
+        "| a         | 12 |",
+        "| long name |  3 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spread", "expected"),
+    [(Spread(2.0, 1.0, 3.0), "2.00 (1.00-3.00)"), (Spread(2.0, 2.0, 2.0), "2.00"), (None, "-")],
+)
+def test_a_spread_is_shown_only_where_there_is_one(spread: Spread | None, expected: str) -> None:
+    assert tables.shown(spread) == expected
+
+
+def trained(system: str, speeds: list[float], peak: float = 100.0, dtype: str = "float32") -> Runs:
+    """What the training suite has of a system."""
+    settings = {"system": system, "setting": "", "dtype": dtype, "tokens": 8, "job": "train"}
+    settings["checkpointing"] = False
+    figures: Mapping[str, Any] = {
+        "losses": [3.0],
+        "peak_bytes": peak,
+        "before_training_bytes": 50.0,
+        "saved_for_backward_bytes": 1,
+        "load_seconds": 1.0,
+    }
+    rounds = [{**figures, "tokens_per_second": [speed]} for speed in speeds]
+    return Runs(Cell(f"train {system}", "", settings), list(rounds))
+
+
+def test_modq_loses_or_leads_only_where_all_rounds_agree() -> None:
+    ours = trained("modq", [8.0, 80.0], peak=60.0)
+    others = [trained("dense", [10.0, 100.0]), trained("hqq", [9.0, 70.0]), trained("gptqmodel", [4.0, 40.0])]
+    found = {(each.metric, each.against): each.verdict for each in training_report.compare([ours, *others])}
+    assert found["training speed", "dense"] == "behind"
+    assert found["training speed", "hqq"] == "not told apart"
+    assert found["training speed", "gptqmodel"] == "ahead"
+    assert found["peak memory of training", "dense"] == "ahead"
+    assert found["time to load its checkpoint", "dense"] == "not told apart"
+
+
+def test_only_cells_with_the_same_settings_are_compared() -> None:
+    both = [trained("modq", [1.0]), trained("dense", [9.0], dtype="bfloat16")]
+    assert list(training_report.compare(both)) == []
+
+
+def test_the_training_report_names_losses_and_what_did_not_run() -> None:
+    missing = runs(
+        "train hqq",
+        [],
+        not_run="no environment for hqq",
+        system="hqq",
+        job="train",
+        dtype="float32",
+        checkpointing=False,
+        tokens=8,
+    )
+    cells = runner.results([trained("modq", [5.0]), trained("dense", [10.0]), missing])
+    report = training_report.render({"cells": cells})
+    behind = report.partition("Where modq loses")[2].partition("###")[0]
+    assert "training speed, float32: 0.50 times that of dense" in behind
+    assert "- train hqq: no environment for hqq" in report
+
+
+def scored(system: str, seeds: list[list[int]], *, is_trained: bool = True) -> Runs:
+    """What the NLI suite has of a system: whether each example is right, a list a seed."""
+    rounds = [
+        {
+            "accuracy": sum(right) / len(right),
+            "eval_loss": 1.0,
+            "correct": right,
+            "nats": [1.0] * len(right),
+            "trained_tokens": 10,
+        }
+        for right in seeds
+    ]
+    settings = {"system": system, "setting": "", "trained": is_trained}
+    return Runs(Cell(system, "", settings), list(rounds))
+
+
+def test_a_difference_is_paired_by_seed_and_by_example() -> None:
+    ours, other = scored("modq", [[1, 1, 0, 0], [1, 1, 1, 0]]), scored("dense", [[1, 0, 0, 0], [1, 1, 1, 1]])
+    accuracy = next(d for d in nli_report.differences([ours, other]) if d.metric == "accuracy")
+    assert accuracy.mean == 0.0
+    assert accuracy.seed_stderr == pytest.approx(0.25)  # seeds differ by +1/4 and -1/4
+    assert accuracy.example_stderr == pytest.approx(nli_report.stderr([0, 0.5, 0, -0.5]))
+
+
+@pytest.mark.parametrize(
+    ("worse", "said"),
+    [
+        ([0, 0, 0], "no difference beyond noise"),
+        ([1, 0, 0], "no difference beyond noise"),
+        ([9, 0, 12], "modq is worse than dense"),  # by the examples, though seeds differ
+        ([1, 1, 1], "modq is worse than dense"),  # by the seeds, which all say the same
+    ],
+)
+def test_noise_is_only_called_noise_where_the_numbers_say_so(worse: list[int], said: str) -> None:
+    right = [1] * 60 + [0] * 40
+    ours = scored("modq", [[0] * count + right[count:] for count in worse])
+    report = nli_report.render({"cells": runner.results([ours, scored("dense", [right] * 3)])})
+    assert said in next(line for line in report.splitlines() if line.startswith("- accuracy"))
+
+
+def test_scenes_stay_on_one_side_and_labels_are_balanced() -> None:
+    examples = [
+        Example(f"{scene} {label}", label, str(scene)) for scene in range(40) for label in range(len(LABELS))
+    ]
+    drawn = split(examples, 12, 8)
+    assert not {each.scene for each in drawn.train} & {each.scene for each in drawn.held_out}
+    for side, count in ((drawn.train, 6), (drawn.held_out, 4)):
+        assert [sum(each.label == label for each in side) for label in range(2)] == [count] * 2
+    assert drawn == split(examples, 12, 8)
+    with pytest.raises(SystemExit, match="too few scenes"):
+        split(examples, 300, 8)
+
+
+def test_a_premise_of_the_task_becomes_a_prompt_a_label_and_a_scene(tmp_path: Path) -> None:
+    task = {
+        "input": "Premise: James knows that Ava thinks that it rains. Hypothesis: Ava thinks that it rains.",
+        "target_scores": {"entailment": 1, "non-entailment": 0},
+    }
+    (tmp_path / "task.json").write_text(json.dumps({"examples": [task]}))
+    (example,) = read_examples(tmp_path / "task.json")
+    assert example.prompt.startswith(task["input"])
+    assert (LABELS[example.label], example.scene) == ("Yes", "it rains.")
+
+
+@pytest.fixture
+def _cells_in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run cells as function calls: five processes would import torch five times."""
+
+    def call(cell: Cell, folder: Path, timeout: float) -> Any:
+        measure = importlib.import_module(cell.module).main
+        return json.loads(json.dumps(measure(json.loads(json.dumps(dict(cell.settings))))))
+
+    monkeypatch.setattr(runner, "run_cell", call)
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng():
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_cells_in_this_process")
+def test_the_training_suite_runs_from_end_to_end(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "training.json"
+    arguments = ["training", "--out", str(out), "--model", str(tiny_llama), "--rounds", "2", "--threads", "1"]
+    arguments += ["--systems", "modq,dense", "--dtypes", "float32", "--tokens", "16", "--steps", "1"]
+    benchmarks_main(arguments)
+    found = json.loads(out.read_text())
+    cells = {each["name"]: each for each in found["cells"]}
+    assert found["machine"]["threads"] == 1
+    assert all(each["not_run"] is None for each in cells.values())
+    (ours, again), (dense, _) = (cells[f"train {system} float32"]["rounds"] for system in ("modq", "dense"))
+    assert ours["losses"] == again["losses"]
+    assert len(ours["losses"]) == 2
+    assert ours["losses"][0] == pytest.approx(dense["losses"][0], rel=0.1)
+    assert ours["losses"][0] != dense["losses"][0]  # it is quantized
+    assert 0 < ours["saved_for_backward_bytes"] <= dense["saved_for_backward_bytes"]
+    assert str(tmp_path) not in json.dumps(found["cells"])
+    report = out.with_suffix(".md").read_text()
+    assert report in capsys.readouterr().out
+    assert "Where modq loses" in report
+    benchmarks_main(["table", str(out)])
+    assert capsys.readouterr().out == report
+
+
+def test_a_system_without_its_environment_is_reported_for_every_cell(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "python_of", lambda peer: tmp_path / "absent" / "python")
+    out = tmp_path / "training.json"
+    benchmarks_main(["training", "--out", str(out), "--model", str(tiny_llama), "--systems", "gptqmodel"])
+    cells = json.loads(out.read_text())["cells"]
+    assert [each["name"] for each in cells] == ["prepare gptqmodel float32", "train gptqmodel float32"]
+    assert all("python -m benchmarks.peers gptqmodel" in each["not_run"] for each in cells)
+    assert "- train gptqmodel float32: no environment for gptqmodel" in out.with_suffix(".md").read_text()
+
+
+@pytest.mark.usefixtures("_cells_in_this_process")
+def test_the_nli_suite_runs_from_end_to_end(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = [
+        {
+            "input": f"Premise: we will that all {scene} Hypothesis: all {scene}",
+            "target_scores": {answer: int(answer == right) for answer in ANSWERS},
+        }
+        for scene in range(30)
+        for right in ANSWERS
+    ]
+    data = tmp_path / "task.json"
+    data.write_text(json.dumps({"examples": claims}))
+    monkeypatch.setattr(nli, "fetch", lambda: data)
+    arguments = ["nli", "--out", str(tmp_path / "nli.json"), "--model", str(tiny_llama), "--rounds", "2"]
+    arguments += ["--threads", "1", "--systems", "modq,dense", "--train", "12", "--held-out", "6"]
+    benchmarks_main(arguments)
+    found = json.loads((tmp_path / "nli.json").read_text())
+    cells = {each["name"]: each["rounds"] for each in found["cells"]}
+    assert list(cells) == ["modq, untrained", "dense, untrained", "modq, trained", "dense, trained"]
+    assert [len(rounds) for rounds in cells.values()] == [1, 1, 2, 2]
+    assert [each["trained_tokens"] > 0 for each in (*cells["modq, untrained"], *cells["modq, trained"])] == [
+        False,
+        True,
+        True,
+    ]
+    first, second = cells["dense, trained"]
+    assert first["losses"] != second["losses"]  # another seed
+    assert first["eval_loss"] < cells["dense, untrained"][0]["eval_loss"]
+    assert len(found["differences"]) == 2
+
+
+def test_a_cell_runs_in_a_process_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = {"job": "prepare", "system": "dense", "dtype": "bfloat16", "threads": 1}
+    paths = {"model": str(tiny_llama), "checkpoint": str(tmp_path / "checkpoint")}
+    cell = Cell(
+        "prepare", "benchmarks.training_cell", {**settings, **paths}, environment={"MODQ_AUTOLOAD": "0"}
+    )
+    figures = runner.run_cell(cell, tmp_path / "work", 300)
+    assert figures["checkpoint_bytes"] == (tmp_path / "checkpoint" / "model.safetensors").stat().st_size
