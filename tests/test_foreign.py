@@ -217,10 +217,10 @@ def test_what_cannot_be_taken_over_is_said_in_one_line(theirs, tiny_llama, tmp_p
     with pytest.raises(OptionError, match="takes nothing else"):
         modq.ModqConfig("nf4", takeover=True)
     config = json.loads((tiny_llama / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        CheckpointError, match="no usable backend reads quant_method 'gptq'; formats that are read"
+        CheckpointError, match="no usable backend reads quant_method 'awq'; formats that are read"
     ):
         ours(tmp_path)
 

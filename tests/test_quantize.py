@@ -22,7 +22,7 @@ from modq.cli import main
 from modq.hf.observe import current_observer, observing
 from modq.materialize import BLOCK_ELEMENTS
 from modq.train import quantize as module
-from modq.train.quantize import quantize_folder, relative_error
+from modq.train.quantize import errors, quantize_folder
 
 
 def succeed(*args: object) -> Result:
@@ -32,7 +32,7 @@ def succeed(*args: object) -> Result:
 
 
 def whole_error(weight: Tensor, approximation: Tensor) -> float:
-    """What `relative_error` computes, in float64 and on whole matrices."""
+    """What `errors` computes, in float64 and on whole matrices."""
     dense = weight.double()
     return ((dense - approximation.double()).norm() / dense.norm()).item()
 

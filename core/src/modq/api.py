@@ -113,7 +113,10 @@ def _check_weight(weight: Tensor, backend: str, calibration: Calibration | None)
         )
     needs = describe_backend(backend).calibration
     if needs in ("hessian", "block") and calibration is None:
-        raise WeightError(f"backend {backend!r} needs calibration ({needs}), none was given")
+        raise WeightError(
+            f"backend {backend!r} needs calibration ({needs}), none was given: `modq quantize --calibration FILE`, "
+            "or modq.quantize_model(model, backend, calibration=samples)"
+        )
 
 
 def _check_result(qweight: object, backend: str, shape: tuple[int, int], options: Any) -> None:

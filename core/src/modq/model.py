@@ -78,6 +78,7 @@ def quantize_model(
     *,
     layers: Mapping[str, Mapping[str, JSON] | None] | None = None,
     modules_to_not_convert: Iterable[str] | None = None,
+    calibration: Iterable[Any] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Quantize the linears of a model that is in memory, in place, and return it.
@@ -91,10 +92,15 @@ def quantize_model(
         backend: the name of an installed quantizer.
         layers: overrides by regex, as in `Recipe`.
         modules_to_not_convert: what to leave dense, as in `Recipe`.
+        calibration: for backends that learn from data, and a transformers model: tensors of token ids, (rows,
+            tokens), or dictionaries of the model's arguments, such as a data loader's batches. The linears of
+            its blocks are quantized in their order, each from what the quantized ones before give it; other
+            linears stay dense if their backend cannot do without data.
         **options: the backend's options.
 
     Raises:
         BackendError, OptionError, ShapeError, WeightError: with the layer's name where it is one layer's.
+        CalibrationError: if the data or the model cannot be used for calibration.
     """
     skip = None if modules_to_not_convert is None else tuple(modules_to_not_convert)
     recipe = Recipe(backend, options, layers or {}, skip)
@@ -102,8 +108,13 @@ def quantize_model(
     if _is_transformers_model(model):
         from modq.hf.quantizer import quantize_pretrained  # transformers, which `import modq` must not import
 
-        quantize_pretrained(model, recipe)
+        quantize_pretrained(model, recipe, calibration)
         return model
+    if calibration is not None:
+        raise OptionError(
+            f"calibration data is for models of transformers, this is a {type(model).__name__}; "
+            "quantize its weights one by one: modq.quantize(weight, backend, modq.Calibration(…))"
+        )
     quantize_layers(model, plan_layers(model, recipe, [*(skip or ()), *shared_linears(model)]))
     return model
 

@@ -83,9 +83,9 @@ def quantize_blocks(
     model: nn.Module,
     plan: Mapping[str, Scheme],
     samples: Sequence[Sample],
-    observer: Observer,
     *,
     device: torch.device,
+    observer: Observer | None = None,
     store: Store | None = None,
     true_sequential: bool = True,
 ) -> None:
@@ -93,15 +93,15 @@ def quantize_blocks(
 
     Args:
         model: its parts outside the blocks have their weights; the store gives those of a block.
-        plan: how to quantize each linear, by module name; those outside any block are left alone.
+        plan: how to quantize each linear inside a block, by module name.
         samples: the keyword arguments of a forward pass, for each sample.
-        observer: told of each linear.
         device: where to run the blocks.
+        observer: told of each linear.
         store: where their weights are; by default in the model.
         true_sequential: whether linears see the quantized ones before them in their own block.
 
     Raises:
-        CalibrationError: if the model has no blocks, or does not call one of its linears.
+        CalibrationError: if the model does not call one of the blocks or linears.
         ModqError: of a backend, with the layer's name.
     """
     store = store or InMemory()
@@ -123,7 +123,7 @@ def quantize_blocks(
 
 
 def _quantize_block(
-    replay: Replay, block: Block, plan: Mapping[str, Scheme], observer: Observer, true_sequential: bool
+    replay: Replay, block: Block, plan: Mapping[str, Scheme], observer: Observer | None, true_sequential: bool
 ) -> None:
     model = replay.model
     linears = {name: model.get_submodule(name) for name in plan}
@@ -143,21 +143,23 @@ def _quantize_block(
             for name in group:
                 _quantize_one(model, name, plan[name], known if calibrated(plan[name]) else None, observer)
             moments.pop(group[0], None)
-    for name in plan.keys() - called:
+    for name in [name for name in plan if name not in called]:
         _quantize_one(model, name, plan[name], None, observer)
 
 
 def _quantize_one(
-    model: nn.Module, name: str, scheme: Scheme, calibration: Calibration | None, observer: Observer
+    model: nn.Module, name: str, scheme: Scheme, calibration: Calibration | None, observer: Observer | None
 ) -> None:
-    observer.begins(name)
+    if observer:
+        observer.begins(name)
     linear = model.get_submodule(name)
     try:
         layer = QuantLinear.from_dense(linear, scheme.backend, scheme.options, calibration)
     except ModqError as error:
         raise type(error)(f"{name}: {error}") from None
-    weight: Tensor = linear.weight.detach()  # type: ignore[operator]  # nn.Module types any attribute
-    observer.quantized(name, weight.T if layer.conv1d else weight, layer, calibration)
+    if observer:
+        weight: Tensor = linear.weight.detach()  # type: ignore[operator]  # nn.Module types any attribute
+        observer.quantized(name, weight.T if layer.conv1d else weight, layer, calibration)
     model.set_submodule(name, layer)
 
 

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modq.errors import ModqError
+from modq.model import Scheme
 
 Sample: TypeAlias = Mapping[str, Tensor]
 """The keyword arguments of one forward pass of the model."""
@@ -72,6 +73,19 @@ def find_blocks(model: nn.Module, linears: Iterable[str]) -> list[Block]:
             stacks.append(name)
             found += [Block(f"{name}.{index}", name, index) for index in range(len(module))]
     return found
+
+
+def inside_blocks(plan: Mapping[str, Scheme], blocks: Sequence[Block]) -> dict[str, Scheme]:
+    """Return the part of a plan that lies inside blocks: what stands outside sees no calibration data.
+
+    Raises:
+        CalibrationError: if that is nothing.
+    """
+    prefixes = tuple(block.prefix for block in blocks)
+    inside = {name: scheme for name, scheme in plan.items() if name.startswith(prefixes)}
+    if not inside:
+        raise CalibrationError("the model has no stack of blocks (nn.ModuleList) with linears to calibrate")
+    return inside
 
 
 class Outputs:

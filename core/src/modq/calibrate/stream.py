@@ -24,7 +24,7 @@ from accelerate.hooks import remove_hook_from_module
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modq.calibrate.replay import Block, CalibrationError, Outputs, find_blocks
+from modq.calibrate.replay import Block, Outputs, find_blocks, inside_blocks
 from modq.errors import CheckpointError
 from modq.hf.config import ModqConfig, resolve
 from modq.hf.provenance import hash_weight, join_hashes
@@ -57,12 +57,7 @@ class Source:
             empty = cls(transformers.AutoConfig.from_pretrained(source))
         wanted = plan_layers(empty, recipe, default_skips(empty, recipe))
         self.blocks = find_blocks(empty, wanted)
-        if not self.blocks:
-            raise CalibrationError(
-                f"{source!r} has no stack of blocks (nn.ModuleList) to quantize one by one"
-            )
-        inside = tuple(block.prefix for block in self.blocks)
-        self.plan = {name: scheme for name, scheme in wanted.items() if name.startswith(inside)}
+        self.plan = inside_blocks(wanted, self.blocks)
         self.left_dense = sorted(wanted.keys() - self.plan.keys())
         self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
         self.model = cls.from_pretrained(
@@ -129,7 +124,7 @@ class Writer:
         self.layers[name] = {
             **self.report(weight, layer, calibration),
             "seconds": time.perf_counter() - self._clock,
-            "sha256": hash_weight(weight),
+            "sha256": hash_weight(weight.T if layer.conv1d else weight),  # as it is stored
             "format_version": content["format_version"],
             "meta": content["meta"],
         }

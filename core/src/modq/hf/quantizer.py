@@ -9,7 +9,7 @@ what its config records for each module.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -23,6 +23,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 
 from modq.api import describe_weight, quantize_weight
+from modq.calibrate.engine import quantize_blocks
+from modq.calibrate.replay import find_blocks, inside_blocks
+from modq.calibrate.texts import as_samples
 from modq.errors import CheckpointError, ModqError, OptionError, ShapeError
 from modq.hf.config import ModqConfig, read_modules, resolve
 from modq.hf.foreign import ImportOnLoad, conversions, expect_foreign, required_format
@@ -228,13 +231,18 @@ def _heads(model: Any) -> list[str]:
     return [name for name, _ in dense_linears(model) if not name.startswith(inside)]
 
 
-def quantize_pretrained(model: Any, recipe: Recipe) -> None:
+def quantize_pretrained(model: Any, recipe: Recipe, calibration: Iterable[Any] | None = None) -> None:
     """Quantize a transformers model in memory and give it what `from_pretrained` would have."""
     _refuse_zero3()
     config = ModqConfig.of(recipe)
     plan = plan_layers(model, recipe, default_skips(model, recipe))
+    if calibration is not None:
+        plan = inside_blocks(plan, find_blocks(model, plan))
     source = join_hashes({name: hash_weight(model.get_submodule(name).weight) for name in plan}, model)
-    quantize_layers(model, plan)
+    if calibration is None:
+        quantize_layers(model, plan)
+    else:
+        quantize_blocks(model, plan, as_samples(calibration, model.config), device=model.device)
     config.resolved = resolve(quantized_layers(model), source)
     model.hf_quantizer = ModqHfQuantizer(config, pre_quantized=False)
     model.config.quantization_config = config

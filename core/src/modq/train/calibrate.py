@@ -24,7 +24,7 @@ from modq.registry import find
 from modq.spec import Calibration
 from modq.train.data import as_text, fingerprint, is_file, read_rows, read_text
 from modq.train.folders import write_json
-from modq.train.models import load_tokenizer, measure, read_config
+from modq.train.models import load_tokenizer, measure, read_config, refuse_quantized
 from modq.train.quantize import FILE, LayerReport, Progress, Quantized
 from modq.train.unfinished import Unfinished
 
@@ -84,7 +84,9 @@ def calibrate_folder(
     started = time.perf_counter()
     recipe = Recipe(backend, dict(options), dict(layers or {}))
     recipe.check()
-    data = _with_length(data, read_config(source, encoder_decoder=True))
+    config = read_config(source, encoder_decoder=True)
+    refuse_quantized(source, config)
+    data = _with_length(data, config)
     run = Unfinished(output, lambda run: len(read_journal(run.folder)["blocks"]))
     with run.writing(_asked(source, recipe, data, dtype), resume=resume) as result:
         samples = _samples(data, source)
@@ -96,8 +98,8 @@ def calibrate_folder(
             model.model,
             model.plan,
             as_samples(samples, model.model.config),
-            writer,
             device=model.device,
+            observer=writer,
             store=writer,
             true_sequential=data.true_sequential,
         )

@@ -53,7 +53,9 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    _refuse_twice(source, read_config(source), backend)
+    config = read_config(source)
+    if backend is not None:
+        refuse_quantized(source, config)
     wanted: dict[str, Any] = {
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
         "output_loading_info": True,
@@ -128,10 +130,10 @@ def read_config(source: str, *, encoder_decoder: bool = False) -> Any:
     return config
 
 
-def _refuse_twice(source: str, config: Any, backend: str | None) -> None:
+def refuse_quantized(source: str, config: Any) -> None:
     """Refuse to quantize what is quantized already."""
     stored = getattr(config, "quantization_config", None)
-    if backend is not None and stored is not None:
+    if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, Mapping) else stored.quant_method
         raise CheckpointError(
             f"{source!r} is quantized already (quant_method {method!r}); leave --backend out"
