@@ -13,7 +13,19 @@ device.
 """
 
 from modq.layouts.affine import Affine
-from modq.layouts.bitpack import pack_bits, unpack_bits
+from modq.layouts.bitpack import decode_bits, pack_bits, packed_bytes, unpack_bits
 from modq.layouts.codebook import Codebook, NestedScales
+from modq.layouts.rotations import hadamard_factors, hadamard_transform, kronecker
 
-__all__ = ["Affine", "Codebook", "NestedScales", "pack_bits", "unpack_bits"]
+__all__ = [
+    "Affine",
+    "Codebook",
+    "NestedScales",
+    "decode_bits",
+    "hadamard_factors",
+    "hadamard_transform",
+    "kronecker",
+    "pack_bits",
+    "packed_bytes",
+    "unpack_bits",
+]

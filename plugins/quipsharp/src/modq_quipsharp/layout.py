@@ -1,0 +1,188 @@
+"""How a rotated weight lies in tensors, and products with it that rotate the activations instead.
+
+    W = diag(SV) · U_m · Ŵ · U_nᵀ · diag(SU) · scale        (m, n)
+
+Ŵ are the points of a codebook, U rotations. With vectors as rows, a product is, from left to right,
+
+    y  = x · SU · U_n · Ŵᵀ · U_mᵀ · SV        forward     [M, n] -> [M, m]
+    dx = g · SV · U_m · Ŵ  · U_nᵀ · SU        transpose   [M, m] -> [M, n]
+
+so only x, y and their gradients are rotated, O(n log n) for each row, and Ŵ is decoded by blocks. All of it
+is done in float32 whatever the dtype of x: rotations in half precision lose what the codes gained, and the
+product between them would round twice more. (On an accelerator a half precision product would be faster.)
+
+A layer may be some rows of a larger matrix that was quantized as one (`part_of`): U_m mixes all rows, so it
+holds all codes, computes all outputs and keeps its own.
+
+Tensors: those of the codebook for (rows of the whole, n), and
+
+    input_scales   float16 (n,)    SU: random signs, times what fine-tuning or rescaling made of them
+    output_scales  float16 (m,)    SV
+    scale          float32 (1,)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modq.materialize import BLOCK_ELEMENTS, blocks, blockwise_matmul
+from modq.spec import TensorSpec
+from modq_quipsharp.codebooks import E8P, Codebook, Grid
+from modq_quipsharp.options import Options
+from modq_quipsharp.rotation import Rotation
+
+RESIDUAL_SCALES = {2: 1.0, 3: 2.04, 4: 3.45}
+"""Of QuIP#'s codebooks, by bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rotated:
+    """An (out, in) matrix of codes between two rotations."""
+
+    shape: tuple[int, int]
+    bits: int
+    codebook: str
+    residual_scale: float
+    rotation: str
+    seed: int
+    part_of: tuple[int, ...]
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """All that decoding needs but the shape, as JSON; what changes nothing is set to one value."""
+        return {
+            "bits": self.bits,
+            "codebook": self.codebook,
+            "residual_scale": self.residual_scale,
+            "rotation": self.rotation,
+            "seed": self.seed,
+            "part_of": list(self.part_of),
+        }
+
+    @property
+    def points(self) -> Codebook:
+        """The codebook itself."""
+        return E8P(self.bits, self.residual_scale) if self.codebook == "e8p" else Grid(self.bits)
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """The shape of Ŵ."""
+        return (self.part_of[0] if self.part_of else self.shape[0], self.shape[1])
+
+    @property
+    def first(self) -> int:
+        """The row of the whole that is this layer's first."""
+        return self.part_of[1] if self.part_of else 0
+
+    def rotations(self) -> tuple[Rotation, Rotation]:
+        """Return U_m and U_n."""
+        m, n = (Rotation(size, self.rotation, self.seed) for size in self.whole)
+        return m, n
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return the tensors of a matrix in this layout."""
+        self.rotations()  # raises if there is none of these sizes
+        return {
+            **self.points.specs(self.whole),
+            "input_scales": TensorSpec((self.shape[1],), torch.float16),
+            "output_scales": TensorSpec((self.shape[0],), torch.float16),
+            "scale": TensorSpec((1,), torch.float32),
+        }
+
+    def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool) -> Tensor:
+        """Multiply: x @ W.T, or x @ W if `transpose`; any leading dimensions, the dtype of x."""
+        compute = _compute_dtype(x.dtype)
+        before, after = self._scales(tensors, compute)
+        first, last = reversed(self.rotations())
+        if transpose:
+            before, after, first, last = after, before, last, first
+        rows = x.reshape(-1, x.shape[-1]).to(compute) * before
+        if transpose and self.part_of:
+            rows = self._among_the_whole(rows)
+
+        def decode(r: slice, c: slice) -> Tensor:
+            return self.points.decode(_codes(tensors), compute, r, c)
+
+        y = blockwise_matmul(first.apply(rows, transpose=True), decode, self.whole, transpose)
+        y = last.apply(y)
+        if not transpose and self.part_of:
+            y = y[:, self.first : self.first + self.shape[0]]
+        return (y * after).to(x.dtype).reshape(*x.shape[:-1], -1)
+
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice
+    ) -> Tensor:
+        """Return the dense W[rows, columns].
+
+        The rotations mix all rows and all columns, so that all codes are decoded whatever the slice; held at
+        once is the slice widened to whole rows or to whole columns, whichever is less.
+        """
+        compute = _compute_dtype(dtype)
+        inputs, outputs = self._scales(tensors, compute)
+        own = slice(self.first + rows.start, self.first + rows.stop)
+        m, n = self.whole
+        if not (rows.stop - rows.start) * (columns.stop - columns.start):
+            return inputs.new_empty(len(outputs[rows]), len(inputs[columns]), dtype=dtype)
+        if (rows.stop - rows.start) * n <= m * (columns.stop - columns.start):
+            dense = self._rows(_codes(tensors), compute, own)[:, columns]
+        else:
+            dense = self._columns(_codes(tensors), compute, columns)[own]
+        return (dense * outputs[rows, None]).mul_(inputs[columns]).to(dtype)
+
+    def _rows(self, codes: Mapping[str, Tensor], dtype: torch.dtype, rows: slice) -> Tensor:
+        """Return (U_m Ŵ)[rows] U_nᵀ: U_m Ŵ is built by blocks of columns, then rotated by blocks of rows."""
+        m, n = self.whole
+        outer, inner = self.rotations()
+        dense = torch.empty((rows.stop - rows.start, n), dtype=dtype, device=codes["codes"].device)
+        for part in blocks(n, m, BLOCK_ELEMENTS):
+            dense[:, part] = outer.apply(self.points.decode(codes, dtype, slice(0, m), part).T).T[rows]
+        for part in blocks(len(dense), n, BLOCK_ELEMENTS):
+            dense[part] = inner.apply(dense[part])
+        return dense
+
+    def _columns(self, codes: Mapping[str, Tensor], dtype: torch.dtype, columns: slice) -> Tensor:
+        """Return U_m (Ŵ U_nᵀ)[:, columns], the other way about."""
+        m, n = self.whole
+        outer, inner = self.rotations()
+        dense = torch.empty((m, columns.stop - columns.start), dtype=dtype, device=codes["codes"].device)
+        for part in blocks(m, n, BLOCK_ELEMENTS):
+            dense[part] = inner.apply(self.points.decode(codes, dtype, part, slice(0, n)))[:, columns]
+        for part in blocks(dense.shape[1], m, BLOCK_ELEMENTS):
+            dense[:, part] = outer.apply(dense[:, part].T).T
+        return dense
+
+    def _scales(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return SU, with all scalar factors in it, and SV."""
+        factor = tensors["scale"].to(dtype) * self.points.unit
+        return tensors["input_scales"].to(dtype) * factor, tensors["output_scales"].to(dtype)
+
+    def _among_the_whole(self, rows: Tensor) -> Tensor:
+        """Put the gradient of this layer's outputs among zeros for the others'."""
+        whole = rows.new_zeros((rows.shape[0], self.whole[0]))
+        whole[:, self.first : self.first + self.shape[0]] = rows
+        return whole
+
+
+@lru_cache(maxsize=256)
+def layout_of(shape: tuple[int, int], options: Options) -> Rotated:
+    """Return the layout of a layer with these options."""
+    lattice = options.codebook == "e8p"
+    residual_scale = (options.residual_scale or RESIDUAL_SCALES[options.bits]) if lattice else 1.0
+    seed = options.seed if options.rotation == "kronecker" else 0
+    return Rotated(
+        shape, options.bits, options.codebook, residual_scale, options.rotation, seed, options.part_of
+    )
+
+
+def _codes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensors[name] for name in ("codes", "residual") if name in tensors}
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,148 @@
+"""The hooks of the quipsharp backend, and the algorithm from a weight to codes (QuIP#, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modq.errors import CheckpointError, OptionError, WeightError
+from modq.spec import Calibration, QuantizedWeight, TensorSpec, hookimpl
+from modq_quipsharp.layout import Rotated, layout_of
+from modq_quipsharp.ldlq import round_plainly, round_with_feedback
+from modq_quipsharp.options import Options
+from modq_quipsharp.rotation import Rotation
+
+FORMAT_VERSION = 1
+
+SCALES = {
+    "e8p": {2: 1.03, 3: 0.98, 4: 1.03},
+    "uniform": {2: 1.0043, 3: 1.7065, 4: 2.9833},
+}
+"""The rms of rotated weights in units of the codebook, where a Gaussian loses least.
+
+Those of e8p are QuIP#'s; those of uniform are 1/step for the best steps of Max (1960). QuIP's 2.4 standard
+deviations to the end of the grid would be 0.625, 1.458 and 3.125.
+"""
+
+
+class QuipSharp:
+    """QuIP#, and QuIP with the options that make it."""
+
+    @hookimpl
+    def describe(self, shape: tuple[int, int], options: Options) -> Mapping[str, TensorSpec]:
+        """Name the tensors of a layer of this shape."""
+        return layout_of(shape, options).specs()
+
+    @hookimpl
+    def quantize(self, weight: Tensor, options: Options, calibration: Calibration | None) -> QuantizedWeight:
+        """Rotate, round with feedback if there is calibration, and pack."""
+        if options.part_of:
+            raise OptionError(f"part_of={options.part_of!r} is for imported layers only; leave it out")
+        shape = (weight.shape[0], weight.shape[1])
+        layout = layout_of(shape, options)
+        with _without_autocast(weight.device):
+            hessian = _hessian(weight, options, calibration)
+            tensors = _quantize(weight.float(), hessian, layout, options)
+        return QuantizedWeight("quipsharp", FORMAT_VERSION, shape, tensors, layout.meta)
+
+    @hookimpl
+    def dequantize(self, qweight: QuantizedWeight, dtype: torch.dtype, rows: slice, columns: slice) -> Tensor:
+        """Decode all and rotate what the slice needs."""
+        with _without_autocast(qweight.tensors["codes"].device):
+            return _layout(qweight).dequantize(qweight.tensors, dtype, rows, columns)
+
+    @hookimpl
+    def matmul(self, x: Tensor, qweight: QuantizedWeight, transpose: bool) -> Tensor:
+        """Multiply in either direction, rotating the activations."""
+        with _without_autocast(x.device):
+            return _layout(qweight).matmul(x, qweight.tensors, transpose)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Keep autocast from doing the products inside in half precision: the caller has cast what it wants."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _layout(qweight: QuantizedWeight) -> Rotated:
+    if qweight.format_version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"a quipsharp weight of format {qweight.format_version}, expected {FORMAT_VERSION}; "
+            "use the modq-quipsharp that wrote it"
+        )
+    meta = dict(qweight.meta)
+    return Rotated(qweight.shape, **{**meta, "part_of": tuple(meta["part_of"])})
+
+
+def _hessian(weight: Tensor, options: Options, calibration: Calibration | None) -> Tensor | None:
+    """Return the damped second moments of the inputs with a mean diagonal of 1; None for the identity."""
+    n = weight.shape[1]
+    given = None if calibration is None else calibration.hessian
+    if given is None:
+        return torch.eye(n, device=weight.device) if options.rescale else None
+    if given.shape != (n, n):
+        raise WeightError(f"the Hessian has shape {tuple(given.shape)}, expected {(n, n)}: in_features twice")
+    mean = given.diagonal().mean(dtype=torch.float64)
+    if not given.isfinite().all() or mean < 0:
+        raise WeightError("the Hessian has NaN, infinite or negative entries, expected the mean of x xᵀ")
+    if mean == 0:
+        return None  # no input was ever other than 0
+    hessian = (given / mean).float()
+    hessian.diagonal().add_(options.damping)
+    return hessian
+
+
+def _quantize(weight: Tensor, hessian: Tensor | None, layout: Rotated, options: Options) -> dict[str, Tensor]:
+    inputs, outputs = _random_scales(weight, hessian, options)
+    outer, inner = layout.rotations()
+    rotated = _rotate(weight / inputs * outputs[:, None], outer, inner)
+    largest = rotated.abs().amax()
+    rotated /= torch.where(largest > 0, largest, 1)  # their squares are in the range of float32
+    unit = rotated.square().mean().sqrt() / (options.scale or SCALES[options.codebook][options.bits])
+    scale = largest * unit
+    if not scale.isfinite():
+        raise WeightError("'scale' would hold NaN or Inf; expected a weight that is finite in float32")
+    rotated /= torch.where(unit > 0, unit, 1)
+    if hessian is None:
+        _, codes = round_plainly(rotated, layout.points)
+    else:
+        hessian = inner.apply(inner.apply(hessian * inputs * inputs[:, None], True).T, True)
+        _, codes = round_with_feedback(rotated, hessian, layout.points, options.tune_iters)
+    return {
+        **{name: tensor.contiguous() for name, tensor in layout.points.pack(codes).items()},
+        "input_scales": inputs.half(),
+        "output_scales": outputs.half(),
+        "scale": scale.view(1),
+    }
+
+
+def _rotate(weight: Tensor, outer: Rotation, inner: Rotation) -> Tensor:
+    """Return U_mᵀ W U_n."""
+    return outer.apply(inner.apply(weight, transpose=True).T, transpose=True).T.contiguous()
+
+
+def _random_scales(weight: Tensor, hessian: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    """Return SU and SV as float32 numbers that float16 holds: random signs, SU balanced if asked."""
+    generator = torch.Generator().manual_seed(options.seed)
+    inputs, outputs = (_signs(weight.shape[i], generator).to(weight.device) for i in (1, 0))
+    if options.rescale and hessian is not None:
+        inputs /= _balance(weight, hessian)
+    return inputs.half().float(), outputs
+
+
+def _signs(n: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, (n,), generator=generator).float() * 2 - 1
+
+
+def _balance(weight: Tensor, hessian: Tensor) -> Tensor:
+    """Return what to multiply the columns of W by, about 1, so that W and the inputs are alike (QuIP, 4)."""
+    moments = weight.square().sum(0)
+    least = torch.finfo(torch.float32).tiny
+    ratio = hessian.diagonal().clamp(min=least).log() - moments.clamp(min=least).log()
+    ratio = (ratio - ratio.mean()) / 4
+    return ratio.clamp(-4, 4).exp()  # a column of zeros does not take the rest out of float16's range
