@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modq.errors import BackendError, DtypeError, ShapeError, WeightError
-from modq.op import make_handle, multiply, stored
+from modq.op import make_handle, multiply, stored, without_autocast
 from modq.options import build_options
 from modq.registry import describe_backend, load
 from modq.spec import Calibration, QuantizedWeight, TensorSpec
@@ -65,7 +65,7 @@ def quantize_weight(
 ) -> QuantizedWeight:
     """Quantize with options already built, and hold the plugin to what it described."""
     _check_weight(weight, backend, calibration)
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(weight.device):
         qweight: QuantizedWeight = load(backend).quantize(
             weight=weight.detach(), options=options, calibration=calibration
         )
@@ -82,7 +82,8 @@ def describe_weight(shape: tuple[int, int], backend: str, options: Any) -> Mappi
 
 def dequantize_slice(qweight: QuantizedWeight, dtype: torch.dtype, rows: slice, columns: slice) -> Tensor:
     """Return the dense Ŵ[rows, columns] in `dtype`."""
-    with torch.no_grad():
+    device = next(iter(qweight.tensors.values())).device
+    with torch.no_grad(), without_autocast(device):
         dense: Tensor = load(qweight.backend).dequantize(
             qweight=qweight, dtype=dtype, rows=rows, columns=columns
         )
@@ -114,8 +115,8 @@ def _check_weight(weight: Tensor, backend: str, calibration: Calibration | None)
     needs = describe_backend(backend).calibration
     if needs in ("hessian", "block") and calibration is None:
         raise WeightError(
-            f"backend {backend!r} needs calibration ({needs}), none was given: `modq quantize --calibration FILE`, "
-            "or modq.quantize_model(model, backend, calibration=samples)"
+            f"backend {backend!r} needs calibration ({needs}), none was given: use `modq quantize "
+            "--calibration FILE`, or modq.quantize_model(model, backend, calibration=samples)"
         )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -135,9 +136,16 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Keep autocast out of a hook: inside, it would cast what a plugin multiplies in float32 on purpose."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
 def _product(x: Tensor, tensors: list[Tensor], handle: str, transpose: bool) -> Tensor:
     kind = _resolve(handle)
-    y: Tensor = kind.hooks.matmul(x=x, qweight=kind.qweight(tensors), transpose=transpose)
+    with without_autocast(x.device):
+        y: Tensor = kind.hooks.matmul(x=x, qweight=kind.qweight(tensors), transpose=transpose)
     return _own(y)
 
 

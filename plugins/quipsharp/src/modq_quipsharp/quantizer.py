@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,29 +42,19 @@ class QuipSharp:
             raise OptionError(f"part_of={options.part_of!r} is for imported layers only; leave it out")
         shape = (weight.shape[0], weight.shape[1])
         layout = layout_of(shape, options)
-        with _without_autocast(weight.device):
-            hessian = _hessian(weight, options, calibration)
-            tensors = _quantize(weight.float(), hessian, layout, options)
+        hessian = _hessian(weight, options, calibration)
+        tensors = _quantize(weight.float(), hessian, layout, options)
         return QuantizedWeight("quipsharp", FORMAT_VERSION, shape, tensors, layout.meta)
 
     @hookimpl
     def dequantize(self, qweight: QuantizedWeight, dtype: torch.dtype, rows: slice, columns: slice) -> Tensor:
         """Decode all and rotate what the slice needs."""
-        with _without_autocast(qweight.tensors["codes"].device):
-            return _layout(qweight).dequantize(qweight.tensors, dtype, rows, columns)
+        return _layout(qweight).dequantize(qweight.tensors, dtype, rows, columns)
 
     @hookimpl
     def matmul(self, x: Tensor, qweight: QuantizedWeight, transpose: bool) -> Tensor:
         """Multiply in either direction, rotating the activations."""
-        with _without_autocast(x.device):
-            return _layout(qweight).matmul(x, qweight.tensors, transpose)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Keep autocast from doing the products inside in half precision: the caller has cast what it wants."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+        return _layout(qweight).matmul(x, qweight.tensors, transpose)
 
 
 def _layout(qweight: QuantizedWeight) -> Rotated:
