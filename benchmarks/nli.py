@@ -24,9 +24,9 @@ COMPARED = ("modq", "dense", "bitsandbytes")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the suite's own arguments."""
-    parser.add_argument("--train", type=int, default=300, help="training examples, seen once (default: 300)")
+    parser.add_argument("--train", type=int, default=400, help="training examples, seen once (default: 400)")
     parser.add_argument("--held-out", type=int, default=300, help="examples to score (default: 300)")
-    parser.add_argument("--longest", type=int, default=64, help="tokens of the longest example (default: 64)")
+    parser.add_argument("--longest", type=int, default=56, help="tokens of the longest example (default: 56)")
     parser.add_argument(
         "--learning-rate", type=float, default=1e-3, help="of AdamW, constant (default: 1e-3)"
     )

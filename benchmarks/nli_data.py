@@ -1,16 +1,16 @@
-"""Gets natural-language inference out of the sdist of bigbench: `python -m benchmarks.nli_data`, 358 MB once.
+"""Gets an entailment task out of the sdist of vaderSentiment: `python -m benchmarks.nli_data`, 0.2 MB once.
 
-The package is never installed: pip fetches its archive, one task is read from it, and only that is kept, in
-benchmarks/.cache/. The task is epistemic_reasoning, 2,000 pairs of sentences: does "James knows that Ava
-suspects that it rains" entail "Ava suspects that it rains"? (Yes; not if James only thinks so.) Its authors
-ask that it never be part of a training corpus: nothing of it goes into this repository, and the adapters that
-are trained on it are thrown away.
+The package is never installed: pip fetches its archive, one file is read from it, and only that is kept, in
+benchmarks/.cache/. It has 10,605 snippets of film reviews, each with the mean rating of 20 people from -4 to
+4 (Hutto and Gilbert 2014, MIT licence). Cast as inference, as Wang et al. 2021 (arXiv:2104.14690) cast
+sentiment: does the snippet entail "The critic recommends the film."? Snippets rated at least 1 do, those
+rated at most -1 do not, the rest is left out.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import os
 import random
 import subprocess
@@ -20,16 +20,16 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 CACHE = Path(__file__).parent / ".cache"
-PACKAGE = "bigbench==1.0.0"
-MEMBER = "bigbench-1.0.0/bigbench/benchmark_tasks/epistemic_reasoning/task.json"
-SHA256 = "98209623d1bf28ed6b99ec50b772b367f24467d190ceb9d1c0298e91c04548f1"
+PACKAGE = "vaderSentiment==3.3.2"
+INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
 
 LABELS = ("Yes", "No")
-ANSWERS = ("entailment", "non-entailment")
-"""What the task calls them."""
+CLEAR = 1.0
+"""The least rating, for or against, of a snippet that is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,60 +38,64 @@ class Example:
 
     prompt: str
     label: int  # of LABELS
-    scene: str  # many examples are about one scene: they never go to both sides of a split
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Disjoint in scenes, and balanced: as many examples of each label."""
+    """Disjoint, and balanced: as many examples of each label."""
 
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
 
 
 def fetch() -> Path:
-    """Return the task's file, fetching it first if it is not in the cache."""
-    file = CACHE / "nli.json"
+    """Return the file of snippets, fetching it first if it is not in the cache."""
+    file = CACHE / "snippets.txt"
     if not file.is_file():
         CACHE.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="bigbench-") as folder:
-            task = _read_member(_download(Path(folder)))
+        with tempfile.TemporaryDirectory(prefix="vader-") as folder:
+            content = _read_member(_download(Path(folder)))
         unfinished = file.with_suffix(f".{os.getpid()}")
-        unfinished.write_bytes(task)
+        unfinished.write_bytes(content)
         unfinished.replace(file)
     return file
 
 
 def _download(folder: Path) -> Path:
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "bigbench"]
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
     subprocess.run([*pip, "-d", str(folder), PACKAGE], check=True)
-    (archive,) = folder.glob("bigbench-*")
+    (archive,) = folder.glob("vader*")
     return archive
 
 
 def _read_member(archive: Path) -> bytes:
     with tarfile.open(archive) as opened:
-        member = opened.extractfile(MEMBER)
-        task = member.read() if member else b""
-    if (found := hashlib.sha256(task).hexdigest()) != SHA256:
+        inner = opened.extractfile(INNER)
+        with tarfile.open(fileobj=io.BytesIO(inner.read() if inner else b"")) as nested:
+            member = nested.extractfile(MEMBER)
+            content = member.read() if member else b""
+    if (found := hashlib.sha256(content).hexdigest()) != SHA256:
         raise SystemExit(f"{MEMBER} has sha256 {found}, expected {SHA256}")
-    return task
+    return content
 
 
 def read_examples(file: Path) -> list[Example]:
-    """Read the task's examples, in their order."""
-    return [_example(each) for each in json.loads(file.read_text(encoding="utf-8"))["examples"]]
+    """Read the snippets with a clear rating, in their order."""
+    lines = (line.split("\t") for line in file.read_text(encoding="utf-8").splitlines())
+    rated = ((float(rating), snippet.strip()) for _, rating, snippet in lines)
+    return [_example(snippet, rating) for rating, snippet in rated if abs(rating) >= CLEAR]
 
 
-def _example(found: dict[str, Any]) -> Example:
-    scores = found["target_scores"]
-    premise = found["input"].partition(" Hypothesis: ")[0]
-    prompt = f"{found['input']}\nDoes the premise entail the hypothesis, Yes or No?"
-    return Example(prompt, [scores[answer] for answer in ANSWERS].index(1), premise.rpartition(" that ")[2])
+def _example(snippet: str, rating: float) -> Example:
+    prompt = (
+        f"Premise: {snippet}\nHypothesis: The critic recommends the film.\n"
+        "Does the premise entail the hypothesis, Yes or No?"
+    )
+    return Example(prompt, 0 if rating > 0 else 1)
 
 
 def split(examples: Iterable[Example], train: int, held_out: int, seed: int = 0) -> Split:
-    """Draw both sides: of the shuffled scenes, the first half is held out, the other trained on.
+    """Draw both sides: of the shuffled examples, the first half is held out, the other trained on.
 
     Args:
         examples: all that may be drawn.
@@ -99,29 +103,22 @@ def split(examples: Iterable[Example], train: int, held_out: int, seed: int = 0)
         held_out: how many to score, a multiple of the labels.
         seed: of the shuffle; the held-out side shall be the same for every cell, so it is not a cell's seed.
     """
-    by_scene: dict[str, list[Example]] = {}
-    for example in examples:
-        by_scene.setdefault(example.scene, []).append(example)
-    scenes = sorted(by_scene)
-    random.Random(seed).shuffle(scenes)
-    half = len(scenes) // 2
-    return Split(
-        _balanced((by_scene[scene] for scene in scenes[half:]), train),
-        _balanced((by_scene[scene] for scene in scenes[:half]), held_out),
-    )
+    shuffled = list(examples)
+    random.Random(seed).shuffle(shuffled)
+    half = len(shuffled) // 2
+    return Split(_balanced(shuffled[half:], train), _balanced(shuffled[:half], held_out))
 
 
-def _balanced(scenes: Iterable[list[Example]], count: int) -> tuple[Example, ...]:
-    """Take one example an scene, as long as its label is still short."""
+def _balanced(examples: Iterable[Example], count: int) -> tuple[Example, ...]:
+    """Take examples as long as their label is still short."""
     wanted = {label: count // len(LABELS) for label in range(len(LABELS))}
     taken = []
-    for examples in scenes:
-        chosen = next((example for example in examples if wanted[example.label]), None)
-        if chosen is not None:
-            wanted[chosen.label] -= 1
-            taken.append(chosen)
+    for example in examples:
+        if wanted[example.label]:
+            wanted[example.label] -= 1
+            taken.append(example)
     if any(wanted.values()):
-        raise SystemExit(f"too few scenes for {count} balanced examples: short of {wanted}")
+        raise SystemExit(f"too few examples for {count} balanced ones: short of {wanted}")
     return tuple(taken)
 
 

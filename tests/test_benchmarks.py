@@ -17,7 +17,7 @@ sys.path.append(str(ROOT))  # benchmarks/ is run from the repository, never inst
 
 from benchmarks import nli, nli_report, runner, tables, training_report  # noqa: E402  # after the path
 from benchmarks.__main__ import main as benchmarks_main  # noqa: E402
-from benchmarks.nli_data import ANSWERS, LABELS, Example, read_examples, split  # noqa: E402
+from benchmarks.nli_data import LABELS, Example, read_examples, split  # noqa: E402
 from benchmarks.runner import Cell, CellError, Runs, Spread  # noqa: E402
 
 
@@ -221,28 +221,23 @@ def test_noise_is_only_called_noise_where_the_numbers_say_so(worse: list[int], s
     assert said in next(line for line in report.splitlines() if line.startswith("- accuracy"))
 
 
-def test_scenes_stay_on_one_side_and_labels_are_balanced() -> None:
-    examples = [
-        Example(f"{scene} {label}", label, str(scene)) for scene in range(40) for label in range(len(LABELS))
-    ]
+def test_the_sides_are_disjoint_and_the_labels_balanced() -> None:
+    examples = [Example(f"{number}", number % 2) for number in range(40)]
     drawn = split(examples, 12, 8)
-    assert not {each.scene for each in drawn.train} & {each.scene for each in drawn.held_out}
-    for side, count in ((drawn.train, 6), (drawn.held_out, 4)):
-        assert [sum(each.label == label for each in side) for label in range(2)] == [count] * 2
+    assert not {each.prompt for each in drawn.train} & {each.prompt for each in drawn.held_out}
+    for side, count in ((drawn.train, 12), (drawn.held_out, 8)):
+        assert [sum(each.label == label for each in side) for label in range(len(LABELS))] == [count // 2] * 2
     assert drawn == split(examples, 12, 8)
-    with pytest.raises(SystemExit, match="too few scenes"):
+    with pytest.raises(SystemExit, match="too few examples"):
         split(examples, 300, 8)
 
 
-def test_a_premise_of_the_task_becomes_a_prompt_a_label_and_a_scene(tmp_path: Path) -> None:
-    task = {
-        "input": "Premise: James knows that Ava thinks that it rains. Hypothesis: Ava thinks that it rains.",
-        "target_scores": {"entailment": 1, "non-entailment": 0},
-    }
-    (tmp_path / "task.json").write_text(json.dumps({"examples": [task]}))
-    (example,) = read_examples(tmp_path / "task.json")
-    assert example.prompt.startswith(task["input"])
-    assert (LABELS[example.label], example.scene) == ("Yes", "it rains.")
+def test_a_snippet_with_a_clear_rating_becomes_a_prompt_and_a_label(tmp_path: Path) -> None:
+    file = tmp_path / "snippets.txt"
+    file.write_text("1\t2.5\tA joy. \r\n2\t0.5\tSo so.\r\n3\t-1.0\tDull.\r\n")
+    good, bad = read_examples(file)
+    assert "A joy." in good.prompt
+    assert [LABELS[each.label] for each in (good, bad)] == ["Yes", "No"]
 
 
 @pytest.fixture
@@ -302,16 +297,9 @@ def test_a_system_without_its_environment_is_reported_for_every_cell(
 def test_the_nli_suite_runs_from_end_to_end(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claims = [
-        {
-            "input": f"Premise: we will that all {scene} Hypothesis: all {scene}",
-            "target_scores": {answer: int(answer == right) for answer in ANSWERS},
-        }
-        for scene in range(30)
-        for right in ANSWERS
-    ]
-    data = tmp_path / "task.json"
-    data.write_text(json.dumps({"examples": claims}))
+    data = tmp_path / "snippets.txt"
+    ratings = [(2.0, "the union is strong"), (-2.0, "the future is for all of us")]
+    data.write_text("".join(f"{n}\t{ratings[n % 2][0]}\t{ratings[n % 2][1]}\n" for n in range(60)))
     monkeypatch.setattr(nli, "fetch", lambda: data)
     arguments = ["nli", "--out", str(tmp_path / "nli.json"), "--model", str(tiny_llama), "--rounds", "2"]
     arguments += ["--threads", "1", "--systems", "modq,dense", "--train", "12", "--held-out", "6"]
