@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from modq import ModqConfig
 from modq.cli import main
 
 WEIGHTS = "model.safetensors"
@@ -299,3 +300,93 @@ def test_inspecting_a_damaged_adapter(adapter: Path) -> None:
     assert "adapter_model.safetensors' cannot be read" in error_line("inspect", adapter)
     (adapter / "adapter_config.json").write_text("[]")
     assert "holds a list, expected an object" in error_line("inspect", adapter)
+
+
+def test_an_adapter_of_another_base(model: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model, quantization_config=ModqConfig("nf4"))
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    edit_tensors(model, lambda tensors: tensors[f"{LAYER}.weight"].mul_(-1))
+    given = ("--backend", "nf4", "--prompt", "the union", "--adapter", tmp_path / "adapter")
+    said = error_line("generate", model, *given)
+    assert "was trained on another base" in said
+    assert "MODQ_ADAPTER_CHECK=warn" in said
+
+
+# Packed checkpoints
+
+DAMAGED_TENSORS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "shape": (lambda codes: codes[:-1].clone(), "expected"),
+    "dtype": (lambda codes: codes.to(torch.int16), "expected torch.uint8"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_TENSORS)
+def test_a_packed_tensor_that_disagrees_with_the_config(
+    tiny_llama: Path, tmp_path: Path, damage: str
+) -> None:
+    change, said = DAMAGED_TENSORS[damage]
+    packed = tmp_path / "packed"
+    assert (
+        CliRunner().invoke(main, ["quantize", str(tiny_llama), str(packed), "--backend", "nf4"]).exit_code
+        == 0
+    )
+    edit_tensors(
+        packed, lambda tensors: tensors.update({f"{LAYER}.codes": change(tensors[f"{LAYER}.codes"])})
+    )
+    line = error_line("generate", packed, "--prompt", "the union")
+    assert f"{LAYER}.codes" in line
+    assert said in line
+
+
+# Too long, and stopped
+
+
+def test_more_tokens_than_the_context(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the union is strong " * 100)
+    text = ("--text", tmp_path / "text.txt")
+    assert "longer than the context" in error_line("eval", tiny_llama, *text, "--window", 129)
+    said = error_line("generate", tiny_llama, "--prompt", "the union", "--max-new-tokens", 127)
+    assert "more than the model's context, 128 tokens" in said
+
+
+def test_ctrl_c_in_the_middle_of_quantize(model: Path, parent: Path) -> None:
+    """The real thing: a signal while a layer is quantized."""
+    code = (
+        "import os, signal, modq.hf.quantizer as q\n"
+        "real, calls = q.quantize_weight, []\n"
+        "def slow(*args):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 5: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(*args)\n"
+        "q.quantize_weight = slow\n"
+        "from modq.cli import main; main(prog_name='modq')"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, "quantize", str(model), str(parent / "out")]
+    done = subprocess.run([*command, "--backend", "nf4"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert "interrupted; " in only_error(done.stderr)
+    assert list(parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("function", ["write_json", "plot_losses", "train_adapter"])
+def test_finetune_on_a_disk_that_is_full(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    (tmp_path / "data.txt").write_text("the union is strong " * 100)
+    results = tmp_path / "results"
+    results.mkdir()
+    monkeypatch.setattr(f"modq.train.finetune.{function}", raising(errno.ENOSPC))
+    given = ("finetune", tiny_llama, "--data", tmp_path / "data.txt", "--output", results / "out")
+    job = [str(arg) for arg in (*given, "--max-steps", 1)]
+    failed = CliRunner().invoke(main, job)
+    assert failed.exit_code == 1
+    assert failed.stderr.splitlines()[-1].startswith("error: ")
+    assert "No space left" in failed.stderr
+    monkeypatch.undo()
+    if function == "train_adapter":
+        assert list(results.iterdir()) == []
+        return
+    assert [path.name for path in results.iterdir()] == ["out.unfinished"]  # what was trained is not lost
+    assert CliRunner().invoke(main, [*job, "--resume"]).exit_code == 0
+    assert [path.name for path in results.iterdir()] == ["out"]

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from modq.train.perplexity import Perplexity
     from modq.train.tasks import TaskScore
 
+WINDOW = 512
+"""Tokens in a window where the user does not say."""
+
 SCHEMA = 1
 """The version of the --json document."""
 
@@ -27,7 +30,7 @@ class Question:
 
     text: Path | None
     max_tokens: int | None
-    window: int
+    window: int | None
     tasks: tuple[str, ...]
     include_path: Path | None
     limit: int | None
@@ -41,7 +44,9 @@ class Question:
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="UTF-8 text.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Of the text, score the first so many only.")
 @click.option(
-    "--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a window."
+    "--window",
+    type=click.IntRange(min=2),
+    help="Tokens in a window; by default 512, or the model's context.",
 )
 @click.option("--tasks", metavar="NAMES", help="Tasks of lm-eval, with commas between.")
 @click.option(
@@ -98,13 +103,16 @@ def _measure(
     model: str, adapter: str | None, dtype: str, question: Question
 ) -> tuple[Perplexity | None, tuple[TaskScore, ...]]:
     """Read all that is asked before the model: what is wrong with it shall show at once."""
-    from modq.train.models import add_adapter, load_model, load_tokenizer  # these import torch
+    # These import torch
+    from modq.train.models import add_adapter, load_model, load_tokenizer, read_config, within_context
     from modq.train.perplexity import score, text_windows
     from modq.train.tasks import load_tasks, score_tasks
 
     tokenizer = load_tokenizer(model)
-    text, window, most = question.text, question.window, question.max_tokens
-    windows = None if text is None else text_windows(tokenizer, text, window, most)
+    windows = None
+    if question.text is not None:
+        window = within_context(model, read_config(model), question.window, WINDOW, "--window")
+        windows = text_windows(tokenizer, question.text, window, question.max_tokens)
     tasks = load_tasks(question.tasks, question.include_path) if question.tasks else None
     loaded = load_model(model, dtype=dtype)
     if adapter:

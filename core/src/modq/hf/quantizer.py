@@ -312,7 +312,10 @@ def _check_loaded(name: str, layer: QuantLinear) -> None:
     for tensor_name, tensor in layer.named_packed():
         spec = expected[tensor_name]
         if not (_is_offloaded(layer, tensor_name) or getattr(tensor, "_is_hf_initialized", False)):
-            raise CheckpointError(f"the checkpoint has no tensor {name}.{tensor_name}; is a shard missing?")
+            raise CheckpointError(
+                f"the checkpoint has no tensor {name}.{tensor_name} of the expected shape {spec.shape}; "
+                "is a shard missing, or do config and tensors disagree?"
+            )
         if TensorSpec(tuple(tensor.shape), tensor.dtype) != spec:
             given = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
             raise CheckpointError(

@@ -14,7 +14,6 @@ from modq.calibrate.engine import quantize_blocks
 from modq.calibrate.replay import Sample
 from modq.calibrate.stream import Source, Writer, read_journal
 from modq.calibrate.texts import as_samples, text_samples
-from modq.errors import OptionError
 from modq.hf.card import write_base_card
 from modq.hf.foreign import save_as
 from modq.linear import QuantLinear
@@ -24,7 +23,7 @@ from modq.registry import find
 from modq.spec import Calibration
 from modq.train.data import as_text, fingerprint, is_file, read_rows, read_text
 from modq.train.folders import write_json
-from modq.train.models import load_tokenizer, measure, read_config, refuse_quantized
+from modq.train.models import load_tokenizer, measure, read_config, refuse_quantized, within_context
 from modq.train.quantize import FILE, LayerReport, Progress, Quantized
 from modq.train.unfinished import Unfinished
 
@@ -86,7 +85,7 @@ def calibrate_folder(
     recipe.check()
     config = read_config(source, encoder_decoder=True)
     refuse_quantized(source, config)
-    data = _with_length(data, config)
+    data = replace(data, length=within_context(source, config, data.length, LENGTH, "--length"))
     run = Unfinished(output, lambda run: len(read_journal(run.folder)["blocks"]))
     with run.writing(_asked(source, recipe, data, dtype), resume=resume) as result:
         samples = _samples(data, source)
@@ -125,15 +124,6 @@ def calibrate_folder(
         )
         write_json(result / FILE, quantized.to_json())
     return quantized
-
-
-def _with_length(data: CalibrationData, config: Any) -> CalibrationData:
-    context: int | None = getattr(config, "max_position_embeddings", None)
-    if data.length is None:
-        return replace(data, length=min(LENGTH, context or LENGTH))
-    if context is not None and data.length > context:
-        raise OptionError(f"--length {data.length} is longer than the model's context, {context} tokens")
-    return data
 
 
 def _asked(source: str, recipe: Recipe, data: CalibrationData, dtype: str) -> dict[str, Any]:

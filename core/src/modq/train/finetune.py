@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import modq
-from modq.errors import OptionError
 from modq.hf.card import write_training_card
 from modq.train.checkpoints import drop_damaged, last_step
 from modq.train.data import Rows, fingerprint, read_rows
 from modq.train.folders import write_json
-from modq.train.models import load_model, load_tokenizer, read_config
+from modq.train.models import load_model, load_tokenizer, read_config, within_context
 from modq.train.plot import plot_losses
 from modq.train.processes import is_main, process_count
 from modq.train.progress import Report
@@ -70,7 +69,8 @@ def finetune(
         ModqError: if the model, the data or the output folder is not usable, before training.
         Interrupted: if the user stopped it.
     """
-    recipe = dataclasses.replace(job.recipe, max_length=_max_length(job))
+    length = within_context(job.model, read_config(job.model), job.max_length, CUT, "--max-length")
+    recipe = dataclasses.replace(job.recipe, max_length=length)
     run = Unfinished(job.output, lambda run: last_step(run.folder / CHECKPOINTS))
     with run.writing(_asked(job, recipe), resume=resume) as result:
         if is_main():
@@ -97,18 +97,6 @@ def finetune(
             write_training_card(result, record)
             plot_losses(trained.history, result / "loss.png")
     return trained
-
-
-def _max_length(job: Job) -> int:
-    context: int | None = getattr(read_config(job.model), "max_position_embeddings", None)
-    if job.max_length is None:
-        return min(CUT, context or CUT)
-    if context is not None and job.max_length > context:
-        raise OptionError(
-            f"--max-length {job.max_length} is longer than the context of {job.model!r}, {context} tokens; "
-            "give at most that"
-        )
-    return job.max_length
 
 
 def _trainable(job: Job) -> str:

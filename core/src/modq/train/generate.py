@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from modq.errors import CheckpointError
+from modq.errors import CheckpointError, OptionError
 
 
 @torch.no_grad()
@@ -33,6 +33,7 @@ def generate(
 
     Raises:
         CheckpointError: if `chat` is asked of a tokenizer without a chat template.
+        OptionError: if prompt and continuation are longer than the model's context.
     """
     if chat and not tokenizer.chat_template:
         raise CheckpointError("the model's tokenizer has no chat template; leave --chat out")
@@ -41,6 +42,12 @@ def generate(
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+    tokens, context = encoded["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None)
+    if context is not None and tokens + max_new_tokens > context:
+        raise OptionError(
+            f"a prompt of {tokens} tokens and {max_new_tokens} new ones are more than the model's context, "
+            f"{context} tokens; shorten the prompt or lower --max-new-tokens"
+        )
     drawn = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with torch.random.fork_rng():
         torch.manual_seed(seed)

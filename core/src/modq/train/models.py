@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from modq.errors import CheckpointError, ModqError
+from modq.errors import CheckpointError, ModqError, OptionError
 from modq.model import quantized_layers
 from modq.train.processes import local_rank, process_count
 
@@ -128,6 +128,22 @@ def read_config(source: str, *, encoder_decoder: bool = False) -> Any:
             f"{source!r} is an encoder-decoder ({kind}), expected a causal model; see README for those"
         )
     return config
+
+
+def within_context(source: str, config: Any, tokens: int | None, default: int, option: str) -> int:
+    """Return how many tokens to give a model at once: `tokens`, or `default` or its context if that is less.
+
+    Raises:
+        OptionError: if `tokens`, which the user gave as `option`, is more than the model's context.
+    """
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    if tokens is None:
+        return min(default, context or default)
+    if context is not None and tokens > context:
+        raise OptionError(
+            f"{option} {tokens} is longer than the context of {source!r}, {context} tokens; give at most that"
+        )
+    return tokens
 
 
 def refuse_quantized(source: str, config: Any) -> None:
