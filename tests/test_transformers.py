@@ -552,7 +552,7 @@ def test_a_bad_dense_weight_is_named(
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (lambda t: t.pop(f"{UP}.codes"), f"no tensor {UP}.codes; is a shard missing?"),
+        (lambda t: t.pop(f"{UP}.codes"), f"no tensor {UP}.codes of the expected shape"),
         (lambda t: t.update({f"{UP}.codes": t[f"{UP}.codes"].float()}), f"{UP}.codes is torch.float32"),
         (lambda t: t.update({f"{UP}.codes": t[f"{UP}.codes"].int()}), f"{UP}.codes is torch.int32"),
     ],
