@@ -326,7 +326,8 @@ def test_an_adapter_without_the_side_file_loads_unchecked(hub: Hub, base: str, t
     adapted(AutoModelForCausalLM.from_pretrained(base)).push_to_hub("me/adapter")
     files = hub.files("me/adapter")
     hub.commit("me/adapter", "main", {n: content for n, content in files.items() if n != "modq.json"})
-    PeftModel.from_pretrained(quantized(tiny_llama, block_size=32), "me/adapter")
+    loaded = PeftModel.from_pretrained(quantized(tiny_llama, block_size=32), "me/adapter")
+    assert "default" in loaded.peft_config
 
 
 def test_a_base_in_a_folder_is_not_named_to_the_hub(hub: Hub, tiny_llama: Path) -> None:

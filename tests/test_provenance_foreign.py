@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,11 @@ def test_equal_codes_are_one_base_whoever_quantized(foreign: Path, quantized: An
 
 
 def test_our_own_quantization_takes_an_adapter_of_the_foreign_one(adapter: Path, quantized: Any) -> None:
-    PeftModel.from_pretrained(quantized, adapter)
+    with warnings.catch_warnings(record=True) as doubts:
+        warnings.simplefilter("always")
+        loaded = PeftModel.from_pretrained(quantized, adapter)
+    assert "default" in loaded.peft_config
+    assert [str(doubt.message) for doubt in doubts if "adapter" in str(doubt.message)] == []
 
 
 def test_the_hash_of_what_is_stored_sees_names_dtypes_and_every_element() -> None:

@@ -18,12 +18,10 @@ from modq.hf.card import write_base_card
 from modq.hf.foreign import save_as
 from modq.linear import QuantLinear
 from modq.model import Recipe
-from modq.options import build_options, options_to_json
-from modq.registry import find
 from modq.spec import Calibration
 from modq.train.data import as_text, fingerprint, is_file, read_rows, read_text
 from modq.train.folders import write_json
-from modq.train.models import load_tokenizer, measure, read_config, refuse_quantized, within_context
+from modq.train.models import load_tokenizer, read_config, refuse_quantized, within_context
 from modq.train.quantize import FILE, LayerReport, Progress, Quantized
 from modq.train.unfinished import Unfinished
 
@@ -93,37 +91,39 @@ def calibrate_folder(
         model = Source(source, recipe, given, run.folder / "offload")
         packed = result if format is None else run.folder / "packed"
         writer = Writer(model, run.folder, packed, _report, progress or (lambda *_: None))
-        quantize_blocks(
-            model.model,
-            model.plan,
-            as_samples(samples, model.model.config),
-            device=model.device,
-            observer=writer,
-            store=writer,
-            true_sequential=data.true_sequential,
-        )
+        _quantize(model, writer, samples, true_sequential=data.true_sequential)
         quantized_model = writer.finish(recipe)
         if format is None:
             write_base_card(result, quantized_model, source, name=output.name)
         else:
             save_as(type(quantized_model).from_pretrained(packed), result, format)
         load_tokenizer(source).save_pretrained(result)
-        found = find(backend)
-        quantized = Quantized(
-            model=source,
-            backend=backend,
-            package=found.package,
-            version=found.version,
-            options=options_to_json(build_options(backend, options)),
+        quantized = Quantized.of(
+            quantized_model,
+            source,
+            backend,
+            options,
             dtype=dtype,
             format=format,
             seconds=time.perf_counter() - started,
-            sizes=measure(quantized_model),
             layers={name: _layer(its) for name, its in writer.layers.items()},
             calibration={**asdict(data), "left_dense": model.left_dense},
         )
         write_json(result / FILE, quantized.to_json())
     return quantized
+
+
+def _quantize(model: Source, writer: Writer, samples: list[Sample], *, true_sequential: bool) -> None:
+    """Run the engine with the writer as its observer and store."""
+    quantize_blocks(
+        model.model,
+        model.plan,
+        as_samples(samples, model.model.config),
+        device=model.device,
+        observer=writer,
+        store=writer,
+        true_sequential=true_sequential,
+    )
 
 
 def _asked(source: str, recipe: Recipe, data: CalibrationData, dtype: str) -> dict[str, Any]:

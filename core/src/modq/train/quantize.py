@@ -71,6 +71,19 @@ class Quantized:
     layers: Mapping[str, LayerReport]
     calibration: Mapping[str, JSON] | None = None  # what the backend learned from, and how
 
+    @classmethod
+    def of(cls, model: Any, source: str, backend: str, options: Mapping[str, Any], **made: Any) -> Quantized:
+        """Report on a quantized model; `made` has the fields that cannot be read off what is given here."""
+        return cls(
+            model=source,
+            backend=backend,
+            package=find(backend).package,
+            version=find(backend).version,
+            options=options_to_json(build_options(backend, options)),
+            sizes=measure(model),
+            **made,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON, with the versions of what wrote it."""
         return {"schema": SCHEMA, "modq": __version__, **asdict(self)}
@@ -111,19 +124,8 @@ def quantize_folder(
         if format is None:
             write_base_card(unfinished, model, source, name=output.name)
         _save_tokenizer(source, unfinished)
-        found = find(backend)
-        quantized = Quantized(
-            model=source,
-            backend=backend,
-            package=found.package,
-            version=found.version,
-            options=options_to_json(build_options(backend, options)),
-            dtype=dtype,
-            format=format,
-            seconds=time.perf_counter() - started,
-            sizes=measure(model),
-            layers=seen.layers,
-        )
+        made = {"dtype": dtype, "format": format, "seconds": time.perf_counter() - started}
+        quantized = Quantized.of(model, source, backend, options, layers=seen.layers, **made)
         (unfinished / FILE).write_text(json.dumps(quantized.to_json(), indent=1) + "\n", encoding="utf-8")
     return quantized
 
