@@ -81,14 +81,11 @@ def calibrate_folder(
     started = time.perf_counter()
     recipe = Recipe(backend, dict(options), dict(layers or {}))
     recipe.check()
-    config = read_config(source, encoder_decoder=True)
-    refuse_quantized(source, config)
-    data = replace(data, length=within_context(source, config, data.length, LENGTH, "--length"))
+    data = _fitted(data, source)
     run = Unfinished(output, lambda run: len(read_journal(run.folder)["blocks"]))
     with run.writing(_asked(source, recipe, data, dtype), resume=resume) as result:
         samples = _samples(data, source)
-        given = dtype if dtype == "auto" else getattr(torch, dtype)
-        model = Source(source, recipe, given, run.folder / "offload")
+        model = Source(source, recipe, _torch_dtype(dtype), run.folder / "offload")
         packed = result if format is None else run.folder / "packed"
         writer = Writer(model, run.folder, packed, _report, progress or (lambda *_: None))
         _quantize(model, writer, samples, true_sequential=data.true_sequential)
@@ -98,19 +95,22 @@ def calibrate_folder(
         else:
             save_as(type(quantized_model).from_pretrained(packed), result, format)
         load_tokenizer(source).save_pretrained(result)
-        quantized = Quantized.of(
-            quantized_model,
-            source,
-            backend,
-            options,
-            dtype=dtype,
-            format=format,
-            seconds=time.perf_counter() - started,
-            layers={name: _layer(its) for name, its in writer.layers.items()},
-            calibration={**asdict(data), "left_dense": model.left_dense},
-        )
+        made: dict[str, Any] = {"dtype": dtype, "format": format, "seconds": time.perf_counter() - started}
+        made |= {"layers": _layers(writer), "calibration": {**asdict(data), "left_dense": model.left_dense}}
+        quantized = Quantized.of(quantized_model, source, backend, options, **made)
         write_json(result / FILE, quantized.to_json())
     return quantized
+
+
+def _fitted(data: CalibrationData, source: str) -> CalibrationData:
+    """Fit the samples to the model's context, having refused a model that is quantized already."""
+    config = read_config(source, encoder_decoder=True)
+    refuse_quantized(source, config)
+    return replace(data, length=within_context(source, config, data.length, LENGTH, "--length"))
+
+
+def _torch_dtype(dtype: str) -> Any:
+    return dtype if dtype == "auto" else getattr(torch, dtype)
 
 
 def _quantize(model: Source, writer: Writer, samples: list[Sample], *, true_sequential: bool) -> None:
@@ -151,6 +151,10 @@ def _samples(data: CalibrationData, source: str) -> list[Sample]:
 def _report(weight: torch.Tensor, layer: QuantLinear, calibration: Calibration | None) -> dict[str, Any]:
     hessian = None if calibration is None else calibration.hessian
     return asdict(LayerReport.of(weight, layer.quantized_weight, hessian))
+
+
+def _layers(writer: Writer) -> dict[str, LayerReport]:
+    return {name: _layer(record) for name, record in writer.layers.items()}
 
 
 def _layer(record: Mapping[str, Any]) -> LayerReport:
