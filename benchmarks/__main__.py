@@ -2,6 +2,7 @@
 
     python -m benchmarks training --out benchmarks/results/training.json
     python -m benchmarks nli --out benchmarks/results/nli.json
+    python -m benchmarks quality --out benchmarks/results/quality.json
     python -m benchmarks table benchmarks/results/training.json
 
 A suite writes its figures as JSON and its table, in Markdown, beside them; `table` renders a file again.
@@ -15,17 +16,17 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import nli, nli_report, training, training_report
 from benchmarks.machine import describe
 from benchmarks.runner import Runs, results
 
 SUITES: dict[str, tuple[ModuleType, ModuleType]] = {
-    training.NAME: (training, training_report),
-    nli.NAME: (nli, nli_report),
+    name: (import_module(f"benchmarks.{name}"), import_module(f"benchmarks.{name}_report"))
+    for name in ("training", "nli", "quality", "layers", "low_bits")
 }
 """Each suite's cells, and its report."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -24,6 +24,11 @@ def run(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 def versions(system: str) -> dict[str, str]:
     """Return the versions of the packages that took part in this process."""
-    from benchmarks.systems import SYSTEMS
+    from benchmarks.quality_systems import find
 
-    return {package: version(package) for package in (*COMMON, *SYSTEMS[system].packages)}
+    return versions_of(find(system).packages)
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of packages, and of what all have in common."""
+    return {package: version(package) for package in (*COMMON, *packages)}

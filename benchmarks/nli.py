@@ -12,21 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.nli_data import fetch
+from benchmarks.quality import add_calibration, prepare
+from benchmarks.quality_systems import LOW_BITS, find
 from benchmarks.runner import Cell, Runs, Say, run_rounds
-from benchmarks.systems import SYSTEMS
 from benchmarks.training import environment
 
 MODULE = "benchmarks.nli_cell"
-NAME = "nli"
 
 COMPARED = ("modq", "dense", "bitsandbytes")
+"""Always; those of LOW_BITS come with --low-bits."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the suite's own arguments."""
+    add_calibration(parser)
     parser.add_argument("--train", type=int, default=400, help="training examples, seen once (default: 400)")
     parser.add_argument("--held-out", type=int, default=300, help="examples to score (default: 300)")
     parser.add_argument("--longest", type=int, default=56, help="tokens of the longest example (default: 56)")
+    parser.add_argument("--low-bits", action="store_true", help="also bases of 2 to 8 bits, see `quality`")
     parser.add_argument(
         "--learning-rate", type=float, default=1e-3, help="of AdamW, constant (default: 1e-3)"
     )
@@ -45,12 +48,14 @@ def run(given: argparse.Namespace, model: Path, work: Path, say: Say) -> list[Ru
         "batch_size": 8,
         "learning_rate": given.learning_rate,
     }
-    systems = [system for system in COMPARED if given.systems is None or system in given.systems]
-    untrained = [_cell(system, common, trained=False, seed=0) for system in systems]
+    wanted = (*COMPARED, *LOW_BITS) if given.low_bits else COMPARED
+    systems = [system for system in wanted if given.systems is None or system in given.systems]
+    prepared = prepare(model, [system for system in systems if system in LOW_BITS], given, work, say)
+    untrained = [_cell(system, common, work, trained=False, seed=0) for system in systems]
     runs = run_rounds(untrained, 1, work, timeout=given.timeout, say=say)
     seeds = [
         run_rounds(
-            [_cell(system, common, trained=True, seed=seed) for system in systems],
+            [_cell(system, common, work, trained=True, seed=seed) for system in systems],
             1,
             work,
             timeout=given.timeout,
@@ -58,7 +63,8 @@ def run(given: argparse.Namespace, model: Path, work: Path, say: Say) -> list[Ru
         )
         for seed in range(given.rounds)
     ]
-    return runs + [_joined(of_system) for of_system in zip(*seeds, strict=True)]
+    failed = [each for each in prepared if each.not_run]
+    return [*failed, *runs, *(_joined(of_system) for of_system in zip(*seeds, strict=True))]
 
 
 def _joined(seeds: tuple[Runs, ...]) -> Runs:
@@ -67,11 +73,13 @@ def _joined(seeds: tuple[Runs, ...]) -> Runs:
     return Runs(seeds[0].cell, [each.rounds[0] for each in seeds], reasons[0] if reasons else None)
 
 
-def _cell(system: str, common: dict[str, Any], *, trained: bool, seed: int) -> Cell:
+def _cell(system: str, common: dict[str, Any], work: Path, *, trained: bool, seed: int) -> Cell:
+    found = find(system)
     settings = {
         **common,
         "system": system,
-        "setting": SYSTEMS[system].setting,
+        "setting": found.setting,
+        "checkpoint": str(work / system) if system in LOW_BITS else None,
         "trained": trained,
         "seed": seed,
     }
@@ -79,6 +87,6 @@ def _cell(system: str, common: dict[str, Any], *, trained: bool, seed: int) -> C
         f"{system}, {'trained' if trained else 'untrained'}",
         MODULE,
         settings,
-        SYSTEMS[system].peer,
+        found.peer,
         environment(system, common["threads"]),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import cell
 from benchmarks.lora import add_lora, train
 from benchmarks.nli_data import LABELS, Example, read_examples, split
-from benchmarks.systems import SYSTEMS
+from benchmarks.quality_systems import find
 from modq.train.models import load_tokenizer
 
 Batch = tuple[dict[str, Tensor], Tensor, Tensor]
@@ -83,7 +83,7 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def score(task: Task, model: Any) -> dict[str, Any]:
-    """Score the held-out examples: the chosen label is the likeliest of the three.
+    """Score the held-out examples: the chosen label is the likelier one.
 
     Gradients stay enabled: without them bitsandbytes, on a processor with AVX512-BF16, takes a kernel that
     rounds activations and scales to bfloat16, and a difference would be the kernel's.
@@ -104,8 +104,10 @@ def score(task: Task, model: Any) -> dict[str, Any]:
 
 
 def _load(settings: dict[str, Any]) -> Any:
-    system, folder = SYSTEMS[settings["system"]], Path(settings["model"])
-    return (system.quantize or system.load)(folder, getattr(torch, settings["dtype"]))
+    system, dtype = find(settings["system"]), getattr(torch, settings["dtype"])
+    if settings["checkpoint"] is not None:
+        return system.load(Path(settings["checkpoint"]), dtype)
+    return (system.quantize or system.load)(Path(settings["model"]), dtype)
 
 
 def _in_order(examples: Sequence[Example], seed: int) -> list[Example]:

@@ -13,13 +13,13 @@ import hashlib
 import io
 import os
 import random
-import subprocess
-import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.download import download
 
 CACHE = Path(__file__).parent / ".cache"
 PACKAGE = "vaderSentiment==3.3.2"
@@ -54,18 +54,11 @@ def fetch() -> Path:
     if not file.is_file():
         CACHE.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="vader-") as folder:
-            content = _read_member(_download(Path(folder)))
+            content = _read_member(download(PACKAGE, Path(folder), source=True))
         unfinished = file.with_suffix(f".{os.getpid()}")
         unfinished.write_bytes(content)
         unfinished.replace(file)
     return file
-
-
-def _download(folder: Path) -> Path:
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
-    subprocess.run([*pip, "-d", str(folder), PACKAGE], check=True)
-    (archive,) = folder.glob("vader*")
-    return archive
 
 
 def _read_member(archive: Path) -> bytes:

@@ -33,9 +33,10 @@ METRICS = {"accuracy": "correct", "eval loss": "nats"}
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """modq less another system."""
+    """A system less another."""
 
     metric: str
+    ours: str
     against: str
     mean: float
     seed_stderr: float  # nan with one seed
@@ -51,20 +52,31 @@ class Difference:
 
 
 def differences(runs: Sequence[Runs]) -> list[Difference]:
-    """Compare modq with every other system, seed by seed and example by example, after training."""
-    trained = {each.cell.settings["system"]: each for each in runs if each.cell.settings["trained"]}
-    ours = trained.pop(OURS, None)
-    if ours is None:
-        return []
+    """Compare modq with every other library and its other bases with the dense one, after training.
+
+    Seed by seed and example by example.
+    """
+    trained = _by_system(runs, trained=True)
+    pairs = [(OURS, other) for other in trained if not other.startswith(OURS)]
+    pairs += [(ours, "dense") for ours in trained if ours.startswith(f"{OURS}-")]
     return [
         found
         for metric, key in METRICS.items()
-        for system, other in trained.items()
-        if (found := _difference(ours, other, system, metric, key)) is not None
+        for ours, other in pairs
+        if ours in trained and other in trained
+        if (found := _difference(trained[ours], trained[other], metric, key)) is not None
     ]
 
 
-def _difference(ours: Runs, other: Runs, system: str, metric: str, key: str) -> Difference | None:
+def _by_system(runs: Sequence[Runs], *, trained: bool) -> dict[str, Runs]:
+    return {
+        each.cell.settings["system"]: each
+        for each in runs
+        if each.cell.settings.get("trained") is trained  # what was only prepared has no such setting
+    }
+
+
+def _difference(ours: Runs, other: Runs, metric: str, key: str) -> Difference | None:
     pairs = [
         (mine[key], theirs[key])
         for mine, theirs in zip(ours.rounds, other.rounds, strict=True)
@@ -75,8 +87,9 @@ def _difference(ours: Runs, other: Runs, system: str, metric: str, key: str) -> 
     apart = [[a - b for a, b in zip(mine, theirs, strict=True)] for mine, theirs in pairs]
     by_seed = [statistics.fmean(seed) for seed in apart]
     by_example = [statistics.fmean(example) for example in zip(*apart, strict=True)]
+    systems = (ours.cell.settings["system"], other.cell.settings["system"])
     return Difference(
-        metric, system, statistics.fmean(by_seed), stderr(by_seed), stderr(by_example), len(by_seed)
+        metric, *systems, statistics.fmean(by_seed), stderr(by_seed), stderr(by_example), len(by_seed)
     )
 
 
@@ -121,7 +134,7 @@ def _mean(values: Sequence[float], scale: float, digits: int) -> str:
 def _difference_table(found: Sequence[Difference]) -> str:
     rows = [
         [
-            f"{each.metric}, modq less {each.against}",
+            f"{each.metric}, {each.ours} less {each.against}",
             f"{each.mean:+.4f}",
             f"{each.seed_stderr:.4f}",
             f"{each.example_stderr:.4f}",
@@ -134,10 +147,11 @@ def _difference_table(found: Sequence[Difference]) -> str:
 def _sentence(each: Difference) -> str:
     if each.stands_out:
         better = (each.mean > 0) == (each.metric == "accuracy")
-        return f"{each.metric}: modq is {'better' if better else 'worse'} than {each.against}, beyond noise"
+        word = "better" if better else "worse"
+        return f"{each.metric}: {each.ours} is {word} than {each.against}, beyond noise"
     unseen = NORMAL * each.example_stderr
     return (
-        f"{each.metric}: no difference beyond noise between modq and {each.against}"
+        f"{each.metric}: no difference beyond noise between {each.ours} and {each.against}"
         f" (one of {unseen:.2g} or less would not show here)"
     )
 
@@ -145,12 +159,10 @@ def _sentence(each: Difference) -> str:
 def _learned(runs: Sequence[Runs]) -> str:
     """Say what training changed: systems that learn nothing are equal too."""
     lines = []
-    for before in (each for each in runs if not each.cell.settings["trained"] and each.values("accuracy")):
-        system = before.cell.settings["system"]
-        after = next(
-            each for each in runs if each.cell.settings["trained"] and each.cell.settings["system"] == system
-        )
-        if after.values("accuracy"):
+    trained = _by_system(runs, trained=True)
+    for system, before in _by_system(runs, trained=False).items():
+        after = trained[system]
+        if before.values("accuracy") and after.values("accuracy"):
             gain = statistics.fmean(after.values("accuracy")) - before.values("accuracy")[0]
             fall = before.values("eval_loss")[0] - statistics.fmean(after.values("eval_loss"))
             lines.append(

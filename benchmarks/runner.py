@@ -78,7 +78,8 @@ def run_rounds(cells: Sequence[Cell], rounds: int, folder: Path, *, timeout: flo
     Args:
         cells: what to measure. A cell that cannot run is left out of later rounds, and says why.
         rounds: how often.
-        folder: where the processes work, for some libraries write logs into the current folder.
+        folder: where the processes work, for some libraries write logs into the current folder. Every
+            cell's figures are added to its `cells.jsonl` at once, so that a run which is stopped is not lost.
         timeout: the seconds that a cell may take.
         say: told what is going on.
     """
@@ -93,11 +94,19 @@ def run_rounds(cells: Sequence[Cell], rounds: int, folder: Path, *, timeout: flo
 
 def _run_once(runs: Runs, folder: Path, timeout: float, say: Say) -> None:
     try:
-        runs.rounds.append(run_cell(runs.cell, folder, timeout))
+        figures = run_cell(runs.cell, folder, timeout)
+        runs.rounds.append(figures)
+        _keep(folder / "cells.jsonl", {"name": runs.cell.name, **figures})
     except CellError as error:
         runs.rounds.append(None)
         runs.not_run = str(error)
         say(f"    not run: {error}")
+
+
+def _keep(file: Path, figures: Figures) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as kept:
+        kept.write(json.dumps(figures) + "\n")
 
 
 class CellError(Exception):

@@ -17,7 +17,6 @@ from benchmarks.runner import Cell, Runs, Say, run_rounds
 from benchmarks.systems import SYSTEMS
 
 MODULE = "benchmarks.training_cell"
-NAME = "training"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +127,6 @@ def _cell(job: str, system: str, checkpointing: bool, common: dict[str, Any], wo
 
 def environment(system: str, threads: int) -> dict[str, str]:
     """Return a cell's variables: nothing of modq runs in the others' processes."""
-    others = {} if system == "modq" else {"MODQ_AUTOLOAD": "0"}
+    others = {} if system.startswith("modq") else {"MODQ_AUTOLOAD": "0"}
     workers = max(2, threads)  # gptqmodel fails with one
     return {"OMP_NUM_THREADS": str(threads), "GPTQMODEL_CPU_WORKERS": str(workers), **others}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +170,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
     )
+
+
+@pytest.fixture
+def cells_in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run the cells of benchmarks as function calls: five processes would import torch five times."""
+    runner = importlib.import_module("benchmarks.runner")
+
+    def call(cell: Any, folder: Path, timeout: float) -> Any:
+        measure = importlib.import_module(cell.module).main
+        return json.loads(json.dumps(measure(json.loads(json.dumps(dict(cell.settings))))))
+
+    monkeypatch.setattr(runner, "run_cell", call)
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng():
+        yield
+    torch.set_num_threads(threads)

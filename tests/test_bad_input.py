@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import error_line, only_error
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -52,22 +53,6 @@ def quantize(model: Path, parent: Path) -> Callable[..., str]:
         return said
 
     return refused
-
-
-def error_line(*args: object) -> str:
-    """Run what must fail with exit code 1 and exactly one line, and return that."""
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    assert result.exit_code == 1, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    assert result.stdout == ""
-    return only_error(result.stderr)
-
-
-def only_error(stderr: str) -> str:
-    """Return the one line on stderr, but for those on progress that a slow machine gets."""
-    (line,) = (line for line in stderr.splitlines() if not line.startswith("linear "))
-    assert line.startswith("error: ")
-    return line
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

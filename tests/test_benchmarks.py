@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks/ is run from the repository, never installed
@@ -240,22 +238,7 @@ def test_a_snippet_with_a_clear_rating_becomes_a_prompt_and_a_label(tmp_path: Pa
     assert [LABELS[each.label] for each in (good, bad)] == ["Yes", "No"]
 
 
-@pytest.fixture
-def _cells_in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run cells as function calls: five processes would import torch five times."""
-
-    def call(cell: Cell, folder: Path, timeout: float) -> Any:
-        measure = importlib.import_module(cell.module).main
-        return json.loads(json.dumps(measure(json.loads(json.dumps(dict(cell.settings))))))
-
-    monkeypatch.setattr(runner, "run_cell", call)
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng():
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("_cells_in_this_process")
+@pytest.mark.usefixtures("cells_in_this_process")
 def test_the_training_suite_runs_from_end_to_end(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -293,7 +276,7 @@ def test_a_system_without_its_environment_is_reported_for_every_cell(
     assert "- train gptqmodel float32: no environment for gptqmodel" in out.with_suffix(".md").read_text()
 
 
-@pytest.mark.usefixtures("_cells_in_this_process")
+@pytest.mark.usefixtures("cells_in_this_process")
 def test_the_nli_suite_runs_from_end_to_end(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from commands import error_line, run
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -39,19 +39,6 @@ from modq.train.models import load_tokenizer
 ARCHITECTURES = ["llama", "gemma", "qwen3", "opt", "bloom", "gpt2", "t5"]
 BACKEND, OPTIONS = "optq", {"bits": 4, "group_size": 32}
 GIVEN = ("--backend", "optq", "--bits", 4, "--group-size", 32, "--samples", 4, "--length", 16)
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-def error_line(*args: object) -> str:
-    result = run(*args)
-    assert result.exit_code == 1, result.output
-    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("linear ")]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 def load(folder: Path) -> Any:
@@ -222,6 +209,9 @@ def test_the_report_has_the_error_in_both_norms(tiny_llama: Path, data: Path, tm
     assert report["layers"][name]["hessian_error"] == pytest.approx(expected.item(), rel=1e-4)
 
 
+SUPPORTED = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "support")}
+"""This file imports from there, also as a program."""
+
 POINTS = ["outputs", "shard", "journal", "drop", "index"]
 """Where the program below is killed, in the second block or, at the end, in what is written last."""
 
@@ -280,7 +270,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 ) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-W", "ignore", __file__, str(tiny_llama), str(out), str(data), point]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    killed = subprocess.run(command, env=SUPPORTED, capture_output=True, text=True, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not out.exists()
     job = ("quantize", tiny_llama, out, *GIVEN, "--calibration", data)
@@ -331,7 +321,7 @@ def test_a_quantized_model_is_refused(through: Path, data: Path, tmp_path: Path)
 def test_a_damaged_journal_is_one_line(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     out, job = tmp_path / "out", ("quantize", tiny_llama, tmp_path / "out", *GIVEN, "--calibration", data)
     point = [sys.executable, "-W", "ignore", __file__, str(tiny_llama), str(out), str(data), "index"]
-    subprocess.run(point, capture_output=True, timeout=300, check=False)
+    subprocess.run(point, env=SUPPORTED, capture_output=True, timeout=300, check=False)
     journal = tmp_path / "out.unfinished" / stream.JOURNAL
     journal.write_text(journal.read_text()[:100])
     assert "is damaged" in error_line(*job, "--resume")

@@ -12,37 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from commands import error_line, run, succeed
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import modq
-from modq.cli import main
 from modq.registry import KNOWN_PACKAGES
 
 WORDS = ["the", "union", "is", "strong", "and", "we", "will", "build", "a", "fair", "future", "for", "all"]
 TEXT = " ".join(WORDS[(7 * i) % len(WORDS)] for i in range(400))
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-def succeed(*args: object) -> Result:
-    result = run(*args)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def error_line(*args: object) -> str:
-    """Run what must fail, and return its one line on stderr."""
-    result = run(*args)
-    assert result.exit_code == 1, result.output
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

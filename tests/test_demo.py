@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modq.cli import main
 from modq.demo import packages, report, run, texts, weights
 from modq.errors import ModqError
-from modq.train.folders import Interrupted
+from modq.folders import Interrupted
 from modq.train.models import Sizes
 from modq.train.perplexity import Perplexity, cut_windows
 from modq.train.progress import History

@@ -15,36 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from commands import error_line, run, succeed
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modq.cli import main
 from modq.train.checkpoints import last_whole
 
 FAST = ("--max-length", 32, "--batch-size", 4, "--lr", 1e-2)
 TALK = [{"role": "user", "content": "is the union strong"}, {"role": "assistant", "content": "the union is"}]
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-def succeed(*args: object) -> Result:
-    result = run(*args)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def error_line(*args: object) -> str:
-    """Run what must fail, and return its one line on stderr."""
-    result = run(*args)
-    assert result.exit_code == 1, result.output
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from synthetic import write_dense
 from transformers import LlamaConfig
 
 MB = 1 << 20
@@ -66,47 +65,11 @@ if len(sys.argv) > 3:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory):
     """A dense 0.7B checkpoint in shards, where to put the quantized one, and what loading the first took."""
     dense, packed = tmp_path_factory.mktemp("dense"), tmp_path_factory.mktemp("packed")
-    write_dense(dense)
+    write_dense(dense, CONFIG)
     yield dense, packed, measure(dense, "{'quantization_config': modq.ModqConfig('nf4')}", packed)
     for folder in (dense, packed):  # gigabytes: pytest would keep them for three sessions
         for file in folder.iterdir():
             file.unlink()
-
-
-def write_dense(folder: Path) -> None:
-    """Write a random model a layer a shard: it is never in memory as a whole."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, wide, kv = CONFIG.hidden_size, CONFIG.intermediate_size, 64 * CONFIG.num_key_value_heads
-    shapes = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (wide, hidden),
-        "mlp.up_proj": (wide, hidden),
-        "mlp.down_proj": (hidden, wide),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-    }
-    shards = [
-        {f"model.layers.{i}.{name}.weight": shape for name, shape in shapes.items()}
-        for i in range(CONFIG.num_hidden_layers)
-    ]
-    table = (CONFIG.vocab_size, hidden)
-    shards.append(
-        {"model.embed_tokens.weight": table, "model.norm.weight": (hidden,), "lm_head.weight": table}
-    )
-    places = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {
-            name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-            for name, shape in shard.items()
-        }
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(shard, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    CONFIG.save_pretrained(folder)
 
 
 def measure(checkpoint: Path, arguments: str, save_to: Path | None = None) -> dict[str, int]:

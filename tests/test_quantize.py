@@ -13,22 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from commands import succeed
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import modq
-from modq.cli import main
 from modq.hf.observe import current_observer, observing
 from modq.materialize import BLOCK_ELEMENTS
 from modq.train import quantize as module
 from modq.train.quantize import errors, quantize_folder
-
-
-def succeed(*args: object) -> Result:
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def whole_error(weight: Tensor, approximation: Tensor) -> float:
@@ -126,7 +119,7 @@ def test_the_table_has_a_line_for_each_kind_of_linear(tiny_llama: Path, tmp_path
 
 def test_layers_shows_each_linear(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    shown = succeed("quantize", tiny_llama, out, "--backend", "nf4", "--layers").stdout
+    shown = succeed("quantize", tiny_llama, out, "--backend", "nf4", "--each-layer").stdout
     rows = [line.split() for line in shown.partition("\n\n")[2].splitlines()[1:]]
     layers = json.loads((out / "quantize.json").read_text())["layers"]
     assert [row[0] for row in rows] == list(layers)

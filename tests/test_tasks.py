@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from commands import error_line, run, succeed
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modq.cli import main
 from modq.train.quiet import quiet
 
 harness = pytest.importorskip("lm_eval", reason="it comes with modq[eval], and is what is tested here")
@@ -44,23 +43,6 @@ task: [union, union-again]
 aggregate_metric_list:
   - metric: acc
 """
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-def succeed(*args: object) -> Result:
-    result = run(*args)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def error_line(*args: object) -> str:
-    result = run(*args)
-    assert result.exit_code == 1, result.output
-    (line,) = result.stderr.strip().splitlines()
-    return str(line)
 
 
 @pytest.fixture(autouse=True)

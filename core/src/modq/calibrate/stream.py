@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from modq.calibrate.replay import Block, Outputs, find_blocks, inside_blocks
 from modq.errors import CheckpointError
+from modq.folders import write_json
 from modq.hf.config import ModqConfig, resolve
 from modq.hf.provenance import hash_weight, join_hashes
 from modq.hf.quantizer import default_skips
@@ -33,7 +34,6 @@ from modq.linear import QuantLinear
 from modq.model import Recipe, Scheme, plan_layers, quantized_layers
 from modq.op import handle_content
 from modq.spec import Calibration
-from modq.train.folders import write_json
 
 JOURNAL = "journal.json"
 

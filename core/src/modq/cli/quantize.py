@@ -6,7 +6,7 @@ import contextlib
 import json
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,11 @@ import click
 from modq.cli.progress import showing_progress
 from modq.cli.settings import (
     backend_options,
+    collect_layers,
     collect_options,
     dtype_option,
     kind_of_name,
+    layers_option,
     megabytes,
     table,
 )
@@ -34,6 +36,7 @@ POSITIVE = click.IntRange(min=1)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @backend_options(required=True)
+@layers_option
 @dtype_option
 @click.option("--format", help="Write another package's format, of those that the backend knows.")
 @click.option(
@@ -49,12 +52,13 @@ POSITIVE = click.IntRange(min=1)
     help="Let each linear see the quantized ones before it in its own block.",
 )
 @click.option("--resume", is_flag=True, help="Go on with this very work, which was stopped or killed.")
-@click.option("--layers", "each_layer", is_flag=True, help="Show every linear, not every kind of linear.")
+@click.option("--each-layer", is_flag=True, help="Show every linear, not every kind of linear.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, what quantize.json holds.")
 def command(
     model: str,
     out: Path,
     backend: str,
+    layers: tuple[tuple[str, str], ...],
     dtype: str,
     format: str | None,
     each_layer: bool,
@@ -73,19 +77,25 @@ def command(
     block and need not fit in memory; Ctrl-C or a crash leaves OUT.unfinished, from which --resume goes on.
     Without, each weight is quantized by itself while the model loads.
 
+    --layers mixes backends: `--layers down_proj hqq,bits=4 --layers "layers[.]0[.]" dense`. The first regex
+    found in a linear's name counts; what follows is another backend with its options, options of --backend
+    to change, or `dense`.
+
     The error of a linear is |W - Ŵ| / |W|, in the Frobenius norm. OUT/quantize.json has it for each.
     """
     options = collect_options(backend, **given)
-    from modq.train.folders import require_free
+    overrides = collect_layers(backend, options, layers)
+    backends = {backend, *(each["backend"] for each in overrides.values() if each and "backend" in each)}
+    from modq.folders import require_free
 
     require_free(out)
     _check_format(backend, format)
-    _check_calibration(backend, calibration, resume=resume)
+    _check_calibration(backends, calibration, resume=resume)
     from modq.train.quiet import quiet  # imports torch, as do those below
 
     # What a library prints would break the document
     with quiet(), contextlib.redirect_stdout(sys.stderr), showing_progress("linear") as progress:
-        wanted: dict[str, Any] = {"backend": backend, "options": options, "dtype": dtype}
+        wanted: dict[str, Any] = {"backend": backend, "options": options, "layers": overrides, "dtype": dtype}
         if calibration is None:
             from modq.train.quantize import quantize_folder
 
@@ -106,18 +116,20 @@ def command(
     click.echo(json.dumps(quantized.to_json(), indent=2) if as_json else _report(quantized, out, each_layer))
 
 
-def _check_calibration(backend: str, calibration: str | None, *, resume: bool) -> None:
+def _check_calibration(backends: Iterable[str], calibration: str | None, *, resume: bool) -> None:
     """Refuse what cannot go together, before anything slow begins."""
-    needs = describe_backend(backend).calibration
-    if calibration is None and needs in ("hessian", "block"):
-        raise OptionError(
-            f"backend {backend!r} learns from text, and none was given; add --calibration FILE "
-            "(.txt, .jsonl, or the name of a dataset)"
-        )
-    if calibration is None and resume:
-        raise click.UsageError("--resume goes with --calibration: without, quantizing takes one step")
-    if calibration is not None and needs == "none":
-        raise OptionError(f"backend {backend!r} does not learn from data; leave --calibration out")
+    needs = {backend: describe_backend(backend).calibration for backend in sorted(backends)}
+    if calibration is None:
+        if learning := [backend for backend, need in needs.items() if need in ("hessian", "block")]:
+            raise OptionError(
+                f"backend {learning[0]!r} learns from text, and none was given; add --calibration FILE "
+                "(.txt, .jsonl, or the name of a dataset)"
+            )
+        if resume:
+            raise click.UsageError("--resume goes with --calibration: without, quantizing takes one step")
+    elif set(needs.values()) == {"none"}:
+        named = ", ".join(map(repr, needs))
+        raise OptionError(f"backend {named} does not learn from data; leave --calibration out")
 
 
 def _check_format(backend: str, format: str | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -20,6 +20,15 @@ dtype_option = click.option(
     default="auto",
     show_default=True,
     help="Of what is not quantized; auto keeps the checkpoint's.",
+)
+
+
+layers_option = click.option(
+    "--layers",
+    nargs=2,
+    multiple=True,
+    metavar="REGEX HOW",
+    help="Quantize the linears of these names otherwise, see above; may be repeated.",
 )
 
 
@@ -70,6 +79,29 @@ def collect_options(
         return {}
     build_options(backend, options)
     return options
+
+
+def collect_layers(
+    backend: str, options: Mapping[str, Any], given: Iterable[tuple[str, str]]
+) -> dict[str, dict[str, Any] | None]:
+    """Turn `--layers REGEX HOW` into overrides as the library has them, checked.
+
+    HOW is `dense`, or settings with commas between, of which the first may be the name of a backend.
+    """
+    from modq.model import Recipe  # imports torch
+
+    layers: dict[str, dict[str, Any] | None] = {}
+    for pattern, how in given:
+        first, *others = how.split(",")
+        if how == "dense":
+            layers[pattern] = None
+        elif "=" in first:
+            layers[pattern] = parse_settings([first, *others])
+        else:
+            layers[pattern] = {"backend": first, **parse_settings(others)}
+    if layers:
+        Recipe(backend, options, layers).check()
+    return layers
 
 
 def kind_of_name(name: str) -> str:

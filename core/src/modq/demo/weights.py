@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from modq.demo.packages import INSTALL, MODEL_PACKAGE, MissingPackageError, package_files
-from modq.train.folders import OutputError, new_folder
+from modq.folders import OutputError, new_folder
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

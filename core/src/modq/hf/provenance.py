@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from modq import __version__
 from modq.errors import CheckpointError, OptionError
+from modq.folders import write_json
 from modq.hf.config import is_original, resolve
 from modq.linear import QuantLinear
 from modq.model import quantized_layers
@@ -173,20 +174,7 @@ def save_base(model: Any, folder: str | Path) -> None:
         for number, scheme in enumerate(base.schemes)
     ]
     record = {"source": base.source, "schemes": schemes, "modules": base.modules}
-    _write(path, json.dumps({"schema": SCHEMA, "modq": __version__, "base": record}, indent=1))
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_json(path, {"schema": SCHEMA, "modq": __version__, "base": record})
 
 
 def read_base(path: Path) -> Base:

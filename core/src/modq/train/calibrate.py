@@ -14,13 +14,13 @@ from modq.calibrate.engine import quantize_blocks
 from modq.calibrate.replay import Sample
 from modq.calibrate.stream import Source, Writer, read_journal
 from modq.calibrate.texts import as_samples, text_samples
+from modq.folders import write_json
 from modq.hf.card import write_base_card
 from modq.hf.foreign import save_as
 from modq.linear import QuantLinear
 from modq.model import Recipe
 from modq.spec import Calibration
 from modq.train.data import as_text, fingerprint, is_file, read_rows, read_text
-from modq.train.folders import write_json
 from modq.train.models import load_tokenizer, read_config, refuse_quantized, within_context
 from modq.train.quantize import FILE, LayerReport, Progress, Quantized
 from modq.train.unfinished import Unfinished
@@ -83,7 +83,7 @@ def calibrate_folder(
     recipe.check()
     data = _fitted(data, source)
     run = Unfinished(output, lambda run: len(read_journal(run.folder)["blocks"]))
-    with run.writing(_asked(source, recipe, data, dtype), resume=resume) as result:
+    with run.writing(_asked(source, recipe, data, dtype, format), resume=resume) as result:
         samples = _samples(data, source)
         model = Source(source, recipe, _torch_dtype(dtype), run.folder / "offload")
         packed = result if format is None else run.folder / "packed"
@@ -95,8 +95,9 @@ def calibrate_folder(
         else:
             save_as(type(quantized_model).from_pretrained(packed), result, format)
         load_tokenizer(source).save_pretrained(result)
-        made: dict[str, Any] = {"dtype": dtype, "format": format, "seconds": time.perf_counter() - started}
-        made |= {"layers": _layers(writer), "calibration": {**asdict(data), "left_dense": model.left_dense}}
+        made: dict[str, Any] = {"dtype": dtype, "format": format, "overrides": dict(recipe.layers)}
+        made |= {"layers": _layers(writer), "seconds": time.perf_counter() - started}
+        made |= {"calibration": {**asdict(data), "left_dense": model.left_dense}}
         quantized = Quantized.of(quantized_model, source, backend, options, **made)
         write_json(result / FILE, quantized.to_json())
     return quantized
@@ -126,7 +127,9 @@ def _quantize(model: Source, writer: Writer, samples: list[Sample], *, true_sequ
     )
 
 
-def _asked(source: str, recipe: Recipe, data: CalibrationData, dtype: str) -> dict[str, Any]:
+def _asked(
+    source: str, recipe: Recipe, data: CalibrationData, dtype: str, format: str | None
+) -> dict[str, Any]:
     """Return what decides the result; resumed work must be of the same."""
     return {
         "model": source,
@@ -134,6 +137,7 @@ def _asked(source: str, recipe: Recipe, data: CalibrationData, dtype: str) -> di
         "options": dict(recipe.options),
         "layers": dict(recipe.layers),
         "dtype": dtype,
+        "format": format,
         "calibration": asdict(data) | {"sha256": fingerprint(data.source)},
     }
 

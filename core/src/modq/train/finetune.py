@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import modq
+from modq.folders import write_json
 from modq.hf.card import write_training_card
 from modq.train.checkpoints import drop_damaged, last_step
 from modq.train.data import Rows, fingerprint, read_rows
-from modq.train.folders import write_json
 from modq.train.models import load_model, load_tokenizer, read_config, within_context
 from modq.train.plot import plot_losses
 from modq.train.processes import is_main, process_count

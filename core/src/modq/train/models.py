@@ -36,7 +36,12 @@ def measure(model: Any) -> Sizes:
 
 
 def load_model(
-    source: str, *, backend: str | None = None, options: Mapping[str, Any] | None = None, dtype: str = "auto"
+    source: str,
+    *,
+    backend: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    layers: Mapping[str, Mapping[str, Any] | None] | None = None,
+    dtype: str = "auto",
 ) -> Any:
     """Load a causal language model, quantizing it on the way if `backend` is given.
 
@@ -44,6 +49,7 @@ def load_model(
         source: a folder, or the name of a model on the hub.
         backend: the name of an installed quantizer; None loads the checkpoint as it is, quantized or not.
         options: the backend's options.
+        layers: overrides by regex, as in `Recipe`.
         dtype: of what is not quantized: "auto" (as stored), "bfloat16", "float16" or "float32".
 
     Raises:
@@ -64,7 +70,7 @@ def load_model(
     if backend is not None:
         from modq.hf.config import ModqConfig
 
-        wanted["quantization_config"] = ModqConfig(backend, **(options or {}))
+        wanted["quantization_config"] = ModqConfig(backend, layers=layers, **(options or {}))
     if torch.cuda.is_available():
         # Data parallel: each process has the whole model on an accelerator of its own
         wanted["device_map"] = "auto" if process_count() == 1 else {"": local_rank()}

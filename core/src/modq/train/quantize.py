@@ -6,7 +6,6 @@ It is taken while the dense weight is still at hand, block by block: the memory 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from modq import __version__
 from modq.api import dequantize_slice
+from modq.folders import OutputError, new_folder, write_json
 from modq.hf.card import write_base_card
 from modq.hf.foreign import save_as
 from modq.hf.observe import observing
@@ -27,7 +27,6 @@ from modq.materialize import BLOCK_ELEMENTS, blocks
 from modq.options import build_options, options_to_json
 from modq.registry import find
 from modq.spec import JSON, QuantizedWeight
-from modq.train.folders import OutputError, new_folder
 from modq.train.models import Sizes, load_model, load_tokenizer, measure
 
 FILE = "quantize.json"
@@ -64,6 +63,7 @@ class Quantized:
     package: str
     version: str
     options: Mapping[str, JSON]
+    overrides: Mapping[str, Any]  # of the options, by regex, as in `Recipe.layers`
     dtype: str
     format: str | None
     seconds: float
@@ -95,6 +95,7 @@ def quantize_folder(
     *,
     backend: str,
     options: Mapping[str, Any],
+    layers: Mapping[str, Mapping[str, Any] | None] | None = None,
     dtype: str = "auto",
     format: str | None = None,
     progress: Progress | None = None,
@@ -106,6 +107,7 @@ def quantize_folder(
         output: the new folder.
         backend: the name of an installed quantizer.
         options: the backend's options.
+        layers: overrides by regex, as in `Recipe`.
         dtype: of what is not quantized, as in `load_model`.
         format: another package's format to write, see `modq.hf.foreign`.
         progress: told of each layer before it is quantized, and of the saving.
@@ -118,15 +120,16 @@ def quantize_folder(
     seen = _Recorder(progress or _ignore)
     with new_folder(output) as unfinished:
         with observing(seen):
-            model = load_model(source, backend=backend, options=options, dtype=dtype)
+            model = load_model(source, backend=backend, options=options, layers=layers, dtype=dtype)
         seen.saving()
         _save(model, unfinished, format)
         if format is None:
             write_base_card(unfinished, model, source, name=output.name)
         _save_tokenizer(source, unfinished)
-        made = {"dtype": dtype, "format": format, "seconds": time.perf_counter() - started}
-        quantized = Quantized.of(model, source, backend, options, layers=seen.layers, **made)
-        (unfinished / FILE).write_text(json.dumps(quantized.to_json(), indent=1) + "\n", encoding="utf-8")
+        made: dict[str, Any] = {"dtype": dtype, "format": format, "overrides": dict(layers or {})}
+        made |= {"layers": seen.layers, "seconds": time.perf_counter() - started}
+        quantized = Quantized.of(model, source, backend, options, **made)
+        write_json(unfinished / FILE, quantized.to_json())
     return quantized
 
 

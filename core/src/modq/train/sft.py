@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from modq.errors import ModqError, OptionError
+from modq.folders import Interrupted
 from modq.model import dense_linears, quantized_layers
 from modq.train.checkpoints import last_whole
 from modq.train.data import Rows
-from modq.train.folders import Interrupted
 from modq.train.processes import is_main
 from modq.train.progress import History, Report, Watch, peak_memory, stopping
 

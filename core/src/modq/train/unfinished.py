@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modq.train.folders import Interrupted, OutputError, finish_folder, require_free, write_json
+from modq.folders import Interrupted, OutputError, finish_folder, require_free, write_json
 from modq.train.processes import is_main, wait_for_all
 
 SCHEMA = 1
