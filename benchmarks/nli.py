@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", type=int, default=300, help="examples to score (default: 300)")
     parser.add_argument("--longest", type=int, default=56, help="tokens of the longest example (default: 56)")
     parser.add_argument("--low-bits", action="store_true", help="also bases of 2 to 8 bits, see `quality`")
+    parser.add_argument("--batch-size", type=int, default=4, help="examples a step (default: 4)")
     parser.add_argument(
         "--learning-rate", type=float, default=1e-3, help="of AdamW, constant (default: 1e-3)"
     )
@@ -45,7 +46,7 @@ def run(given: argparse.Namespace, model: Path, work: Path, say: Say) -> list[Ru
         "train": given.train,
         "held_out": given.held_out,
         "longest": given.longest,
-        "batch_size": 8,
+        "batch_size": given.batch_size,
         "learning_rate": given.learning_rate,
     }
     wanted = (*COMPARED, *LOW_BITS) if given.low_bits else COMPARED

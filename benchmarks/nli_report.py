@@ -148,7 +148,9 @@ def _sentence(each: Difference) -> str:
     if each.stands_out:
         better = (each.mean > 0) == (each.metric == "accuracy")
         word = "better" if better else "worse"
-        return f"{each.metric}: {each.ours} is {word} than {each.against}, beyond noise"
+        return (
+            f"{each.metric}: {each.ours} is {word} than {each.against} by {abs(each.mean):.2g}, beyond noise"
+        )
     unseen = NORMAL * each.example_stderr
     return (
         f"{each.metric}: no difference beyond noise between {each.ours} and {each.against}"

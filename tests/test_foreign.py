@@ -109,6 +109,11 @@ def test_other_architectures_come_in_too(architecture, theirs):
     assert_holds(ours(folder), weights)
 
 
+def test_a_device_map_is_made_for_it(theirs):
+    folder, weights = theirs("nf4")
+    assert_holds(ours(folder, device_map="auto"), weights)
+
+
 def test_dense_tensors_follow_the_dtype_asked_for(theirs):
     model = ours(theirs("nf4")[0], dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.bfloat16}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,28 @@ def test_each_linear_is_quantized_as_the_first_regex_says(mixed: Path) -> None:
         layer["backend"] for layer in report["layers"].values() if layer["hessian_error"] is not None
     }
     assert calibrated == {"quipsharp"}  # HQQ learns nothing from data
+
+
+def test_the_table_shows_the_error_of_outputs_where_it_is_known(
+    tiny_llama: Path, data: Path, tmp_path: Path
+) -> None:
+    given = ("--backend", "optq", "--group-size", 32, "--layers", "down_proj", "hqq,group_size=32")
+    text = ("--calibration", data, "--samples", 2, "--length", 16)
+    for number, each in enumerate(((), ("--each-layer",))):
+        out = tmp_path / str(number)
+        shown = succeed("quantize", tiny_llama, out, *given, *text, *each).stdout
+        layers = json.loads((out / "quantize.json").read_text())["layers"]
+        header, *rows = [re.split("  +", line) for line in shown.partition("\n\n")[2].splitlines()]
+        assert header[-1] == "OF OUTPUTS"
+        last = {row[0]: row[-1] for row in rows}
+        error = layers["model.layers.0.mlp.up_proj"]["hessian_error"]
+        if each:
+            assert last["model.layers.0.mlp.up_proj"] == f"{error:.2%}"
+            assert last["model.layers.0.mlp.down_proj"] == "-"
+        else:
+            mean = (error + layers["model.layers.1.mlp.up_proj"]["hessian_error"]) / 2
+            assert last["model.layers.*.mlp.up_proj"] == f"{mean:.2%}"
+            assert last["model.layers.*.mlp.down_proj"] == "-"
 
 
 def test_it_loads_bit_for_bit_and_trains(mixed: Path, data: Path, tmp_path: Path) -> None:

@@ -124,7 +124,9 @@ def test_no_shorthand_is_ignored_silently(key: str) -> None:
 
 def test_options_survive_json() -> None:
     chosen = Options(block_size=128, kind=2, nested=False, damping=0.25, seed=3, shape=(4, 5))
-    assert build_options("one", json.loads(json.dumps(options_to_json(chosen)))) == chosen
+    given = options_to_json(chosen)
+    assert json.loads(json.dumps(given)) == given
+    assert build_options("one", given) == chosen
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ def run(*args: object) -> Result:
 
 def succeed(*args: object) -> Result:
     result = run(*args)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.output or repr(result.exception)
     return result
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from modq.registry import Backend, Status, list_backends, load
     from modq.spec import (
         API_VERSION,
+        BlockCalibration,
         BlockResult,
         Calibration,
         Format,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 _HOME = {
     "API_VERSION": "modq.spec",
     "Backend": "modq.registry",
+    "BlockCalibration": "modq.spec",
     "BlockResult": "modq.spec",
     "Calibration": "modq.spec",
     "Format": "modq.spec",
@@ -60,6 +62,7 @@ _SUBMODULES = ("errors", "layouts")
 __all__ = [
     "API_VERSION",
     "Backend",
+    "BlockCalibration",
     "BlockResult",
     "Calibration",
     "Format",

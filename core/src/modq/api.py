@@ -69,7 +69,7 @@ def quantize_weight(
         qweight: QuantizedWeight = load(backend).quantize(
             weight=weight.detach(), options=options, calibration=calibration
         )
-    _check_result(qweight, backend, (weight.shape[0], weight.shape[1]), options)
+    check_result(qweight, backend, (weight.shape[0], weight.shape[1]), options)
     return qweight
 
 
@@ -120,23 +120,25 @@ def _check_weight(weight: Tensor, backend: str, calibration: Calibration | None)
         )
 
 
-def _check_result(qweight: object, backend: str, shape: tuple[int, int], options: Any) -> None:
+def check_result(
+    qweight: object, backend: str, shape: tuple[int, int], options: Any, hook: str = "quantize"
+) -> None:
     """Say at once, and by name, where a plugin's result is not what it described."""
     if not isinstance(qweight, QuantizedWeight):
         raise BackendError(
-            f"backend {backend!r}: quantize() gave a {type(qweight).__name__}, not a QuantizedWeight"
+            f"backend {backend!r}: {hook}() gave a {type(qweight).__name__}, not a QuantizedWeight"
         )
     if (qweight.backend, tuple(qweight.shape)) != (backend, shape):
         given = f"{qweight.backend!r} {tuple(qweight.shape)}"
         raise BackendError(
-            f"backend {backend!r}: quantize() gave a weight of {given}, expected {backend!r} {shape}"
+            f"backend {backend!r}: {hook}() gave a weight of {given}, expected {backend!r} {shape}"
         )
     described = describe_weight(shape, backend, options)
     given_specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in qweight.tensors.items()}
     if given_specs != dict(described):
         wrong = sorted(n for n in {*given_specs, *described} if given_specs.get(n) != described.get(n))
         detail = "; ".join(f"{n}: {given_specs.get(n)} against {described.get(n)}" for n in wrong)
-        raise BackendError(f"backend {backend!r}: quantize() and describe() disagree on {detail}")
+        raise BackendError(f"backend {backend!r}: {hook}() and describe() disagree on {detail}")
     if scalars := sorted(name for name, spec in described.items() if not spec.shape):
         raise BackendError(
             f"backend {backend!r}: {', '.join(scalars)} has no dimension; FSDP2 needs at least one"

@@ -35,8 +35,9 @@ def build_options(backend: str, given: Mapping[str, Any]) -> Any:
 
 
 def options_to_json(options: Any) -> dict[str, Any]:
-    """Return the options as plain JSON values, the inverse of `build_options`."""
-    return asdict(options)
+    """Return the options as a file gives them back, the inverse of `build_options`: tuples are lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(options)))
+    return plain
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import pluggy
 
@@ -24,15 +24,19 @@ JSON: TypeAlias = Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """A foreign checkpoint format that a plugin reads and writes.
+    """A foreign checkpoint format that a plugin reads.
 
     Attributes:
         name: what users call it.
-        when: a predicate without torch: each of these stands in the checkpoint's `quantization_config`; of a
-            tuple, any; None stands for a key that is not there.
-        tensors: the names of all tensors that may stand for one linear, by what follows the linear's name.
-        marker: the one of them that a quantized linear has and a dense one has not.
+        when: a predicate without torch: each of these stands in what the checkpoint's config.json has under
+            `config_key`; of a tuple, any; None stands for a key that is not there.
+        tensors: the names of all tensors that may stand for one module, by what follows the module's name.
+        marker: the one of them that a quantized module has and a dense one has not.
         native: the packages that load it themselves; modq does where none is installed, or where asked to.
+        config_key: where config.json says how the checkpoint is quantized.
+        fused: the modules that stand for several linears of the model: the last part of the module's name,
+            and of the linears' in its place, in order. Of these modules a `bias` counts as a tensor, too.
+        written: whether the plugin writes it, too.
     """
 
     name: str
@@ -40,6 +44,9 @@ class Format:
     tensors: tuple[str, ...]
     marker: str
     native: tuple[str, ...]
+    config_key: str = "quantization_config"
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    written: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,9 +135,46 @@ class ImportedLayer:
     options: Any
 
 
+class RunBlock(Protocol):
+    """Runs a calibration sample through a block."""
+
+    def __call__(
+        self, number: int, modules: Mapping[str, nn.Module] = ..., tensors: Mapping[str, Tensor] = ...
+    ) -> Tensor:
+        """Return the hidden states, with these modules and tensors in the place of the block's own."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockCalibration:
+    """A block of a model, and the samples that come to it; all names are those in the block.
+
+    Attributes:
+        block: the block as it is, in evaluation mode; not to be changed.
+        quantized: what `quantize` made of the backend's linears; none if INFO.calibration is "block".
+        layers: what each of them was given to learn from.
+        samples: how many samples there are, numbered from 0.
+        run: gives the hidden states that the block returns for a sample. Modules and tensors (parameters,
+            buffers) may stand in for its own; it is differentiable where gradients are on.
+        target: gives those that the block returned when all of it was dense, for the same inputs. It is
+            computed at each call.
+    """
+
+    block: nn.Module
+    quantized: Mapping[str, QuantizedWeight]
+    layers: Mapping[str, Calibration]
+    samples: int
+    run: RunBlock
+    target: Callable[[int], Tensor]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockResult:
-    """What `quantize_block` gives back: quantized linears by name, and dense tensors it changed (norms)."""
+    """What `quantize_block` gives back, by name in the block.
+
+    Attributes:
+        weights: the linears that it made, or made anew.
+        dense_tensors: what other parameters and buffers (of norms, biases) become, in their shape and dtype.
+    """
 
     weights: Mapping[str, QuantizedWeight]
     dense_tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -167,8 +211,15 @@ class Quantizer:
         """Optional. `x @ Ŵ.T`, or `x @ Ŵ` if `transpose`: (..., in) -> (..., out) or back. None declines."""
 
     @_hookspec(firstresult=True)
-    def quantize_block(self, block: nn.Module, inputs: Tensor, options: Any) -> BlockResult | None:
-        """Optional. Quantize the linears of a whole decoder block, for algorithms that tune it as one."""
+    def quantize_block(
+        self, weights: Mapping[str, Tensor], options: Mapping[str, Any], calibration: BlockCalibration
+    ) -> BlockResult | None:
+        """Optional. Quantize the backend's linears of one block together, or tune what was made of them.
+
+        Called once a block where there are samples, after `quantize` was for each of these linears; if
+        INFO.calibration is "block", instead of it. `weights` are dense (out, in), `options` those of each,
+        both by name in the block. Deterministic, as `quantize`. None leaves all as it is.
+        """
 
     @_hookspec(firstresult=True)
     def prepare(self, qweight: QuantizedWeight, device: device) -> QuantizedWeight | None:
@@ -180,12 +231,18 @@ class Quantizer:
 
     @_hookspec(firstresult=True)
     def import_layers(
-        self, tensors: Mapping[str, Tensor], config: Mapping[str, JSON], format: str
+        self,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, JSON],
+        format: str,
+        shapes: Mapping[str, tuple[int, int]],
     ) -> Mapping[str, ImportedLayer] | None:
         """Optional. Turn the tensors of one foreign module into layers.
 
-        `tensors` has those of `Format.tensors` that the module has; `config` is the checkpoint's. The result
-        is by the linear's name relative to the module, "" for the module itself.
+        `tensors` has those of `Format.tensors` that the module has; `config` is what the checkpoint has under
+        `Format.config_key`. `shapes` are the (out, in) that the model expects of the linears, by the names of
+        `Format.fused` in order; of a module that is not fused, {"": (out, in)}. The result is by these names.
+        Layers may have tensors in common, the same objects: these are held and stored once.
         """
 
     @_hookspec(firstresult=True)

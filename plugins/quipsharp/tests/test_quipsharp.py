@@ -239,7 +239,7 @@ def test_options_that_do_not_exist_are_refused(given: dict[str, Any], said: str)
             WeightError,
             "not positive definite",
         ),
-        ((8, 16), {"part_of": (16, 8)}, None, OptionError, "for imported layers only"),
+        ((8, 16), {"part_of": (16, 9)}, None, OptionError, "has 16 rows, and the layer's are rows 9 to 17"),
         ((8, 2 * 8 * 4099), {"rotation": "kronecker"}, None, ShapeError, "use rotation 'hadamard'"),
     ],
 )

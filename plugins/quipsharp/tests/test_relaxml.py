@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from quipsharp_files import pack_tiles
 from torch import Tensor
 
 import modq
@@ -19,24 +20,6 @@ M, N = 96, 128
 PARTS = [("q_proj", 48), ("k_proj", 16), ("v_proj", 32)]
 KINDS = {7: ("E8P12", 1), 17: ("E8P12RVQ4B", 1), 18: ("E8P12RVQ3B", 0)}
 every_kind = pytest.mark.parametrize("number", KINDS)
-
-
-def pack_tiles(codes: Tensor) -> Tensor:
-    """Encode (m, n/8) codes as int64 (m, n/32), number by number."""
-    m, runs = codes.shape
-    words = []
-    for tile_row in range(m // 16):
-        for tile_column in range(runs // 8):
-            for lane in range(32):
-                word = 0
-                for slot in range(4):
-                    row = 16 * tile_row + 2 * (lane // 4) + slot % 2
-                    code = int(codes[row, 8 * tile_column + 2 * (lane % 4) + slot // 2])
-                    word |= (code >> 8) << 8 * slot
-                    for bit in range(8):
-                        word |= (code >> bit & 1) << 32 + 4 * bit + slot
-                words.append(word - (1 << 64) if word >> 63 else word)
-    return torch.tensor(words).view(m, runs // 4)
 
 
 def pack_bytes(codes: Tensor) -> Tensor:

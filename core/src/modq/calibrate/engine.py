@@ -5,7 +5,8 @@ For block k, with the outputs of the quantized block k-1 at hand (see `replay`):
     1. group its linears by the tensor that they are given, in the order in which they are called
     2. true-sequential: for each group, run the samples up to it, gather H = mean of x xᵀ, quantize the group;
        the groups after it see what the quantized ones before them give. Otherwise gather all H in one pass
-    3. run the samples through the quantized block, and keep what it returns for block k+1
+    3. hand the block to the backends that work on one as a whole (see `whole`)
+    4. run the samples through the quantized block, and keep what it returns for block k+1
 
 True-sequential costs partial passes over the block, each ended where its group is reached.
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from modq.calibrate.hessian import gather, shared_inputs
 from modq.calibrate.replay import Block, CalibrationError, Outputs, Replay, Sample, find_blocks
+from modq.calibrate.whole import DenseBlock, dense_weight, work_on, works_on_blocks
 from modq.errors import ModqError
 from modq.linear import QuantLinear
 from modq.model import Scheme
@@ -32,12 +34,15 @@ class Observer(Protocol):
     """What is told of each linear."""
 
     def begins(self, name: str) -> None:
-        """Say which one is next."""
+        """Say which one is next, or which block is worked on as a whole."""
 
     def quantized(
         self, name: str, weight: Tensor, layer: QuantLinear, calibration: Calibration | None
     ) -> None:
-        """Say what became of one: `weight` is its dense (out_features, in_features), dropped afterwards."""
+        """Say what became of one: `weight` is its dense (out_features, in_features), dropped afterwards.
+
+        It is said again of those that are changed when their block is worked on as a whole.
+        """
 
 
 class Store(Protocol):
@@ -76,7 +81,7 @@ class InMemory:
 
 def calibrated(scheme: Scheme) -> bool:
     """Whether a scheme makes use of calibration data."""
-    return describe_backend(scheme.backend).calibration != "none"
+    return _needs(scheme) != "none"
 
 
 def quantize_blocks(
@@ -125,6 +130,21 @@ def quantize_blocks(
 def _quantize_block(
     replay: Replay, block: Block, plan: Mapping[str, Scheme], observer: Observer | None, true_sequential: bool
 ) -> None:
+    """Quantize the linears one by one, then have the backends that do so work on the block as a whole."""
+    linears = {name.removeprefix(block.prefix): replay.model.get_submodule(name) for name in plan}
+    dense = DenseBlock(replay, block, linears)
+    alone = {name: scheme for name, scheme in plan.items() if _needs(scheme) != "block"}
+    known = _quantize_linears(replay, block, alone, observer, true_sequential)
+    whole = {name: scheme for name, scheme in plan.items() if _works_on_blocks(scheme)}
+    for backend in dict.fromkeys(scheme.backend for scheme in whole.values()):
+        own = {name: scheme for name, scheme in whole.items() if scheme.backend == backend}
+        _quantize_whole(dense, own, known, observer)
+
+
+def _quantize_linears(
+    replay: Replay, block: Block, plan: Mapping[str, Scheme], observer: Observer | None, true_sequential: bool
+) -> dict[str, Calibration]:
+    """Quantize linears one by one; return what is known of those whose block is worked on afterwards."""
     model = replay.model
     linears = {name: model.get_submodule(name) for name in plan}
     runs = [lambda number=number: replay.run(block, number) for number in range(len(replay))]
@@ -135,16 +155,19 @@ def _quantize_block(
             f"{idle[0]} was given no input by the first sample, so it cannot be calibrated; "
             "leave it dense (modules_to_not_convert) or give it another backend (layers)"
         )
+    known: dict[str, Calibration] = {}
     for part in [[group] for group in groups] if true_sequential else [groups]:
         leaders = {group[0]: linears[group[0]] for group in part if any(calibrated(plan[n]) for n in group)}
         moments = gather(leaders, runs, stop_after=list(leaders)[-1]) if leaders else {}
         for group in part:
-            known = moments[group[0]].calibration() if group[0] in moments else None
+            given = moments.pop(group[0]).calibration() if group[0] in moments else None
             for name in group:
-                _quantize_one(model, name, plan[name], known if calibrated(plan[name]) else None, observer)
-            moments.pop(group[0], None)
+                _quantize_one(model, name, plan[name], given if calibrated(plan[name]) else None, observer)
+            if given:
+                known |= {name: given for name in group if _works_on_blocks(plan[name])}
     for name in [name for name in plan if name not in called]:
         _quantize_one(model, name, plan[name], None, observer)
+    return known
 
 
 def _quantize_one(
@@ -158,17 +181,47 @@ def _quantize_one(
     except ModqError as error:
         raise type(error)(f"{name}: {error}") from None
     if observer:
-        weight: Tensor = linear.weight.detach()  # type: ignore[operator]  # nn.Module types any attribute
-        observer.quantized(name, weight.T if layer.conv1d else weight, layer, calibration)
+        observer.quantized(name, dense_weight(linear), layer, calibration)
     model.set_submodule(name, layer)
+
+
+def _quantize_whole(
+    dense: DenseBlock,
+    plan: Mapping[str, Scheme],
+    known: Mapping[str, Calibration],
+    observer: Observer | None,
+) -> None:
+    """Have one backend work on a block; the names are those in the model."""
+    block = dense.block
+    if observer:
+        observer.begins(block.name)
+    inside = {name.removeprefix(block.prefix): scheme for name, scheme in plan.items()}
+    given = {name: known[block.prefix + name] for name in inside if block.prefix + name in known}
+    try:
+        layers = work_on(dense, inside, given)
+    except ModqError as error:
+        raise type(error)(f"{block.name}: {error}") from None
+    for name, layer in layers.items():
+        if observer:
+            observer.quantized(block.prefix + name, dense_weight(dense.linears[name]), layer, given.get(name))
+        dense.module.set_submodule(name, layer)
+
+
+def _needs(scheme: Scheme) -> str:
+    return describe_backend(scheme.backend).calibration
+
+
+def _works_on_blocks(scheme: Scheme) -> bool:
+    return calibrated(scheme) and works_on_blocks(scheme.backend)
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Have the model in evaluation mode."""
+    """Have the model in evaluation mode; and no inference mode, whose tensors nothing can be trained with."""
     training = model.training
     model.eval()
     try:
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         model.train(training)

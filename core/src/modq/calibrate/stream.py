@@ -113,17 +113,17 @@ class Writer:
     # The engine's observer
 
     def begins(self, name: str) -> None:
-        """Say which linear is next."""
+        """Say which linear is next, or which block."""
         self.progress(len(self.layers), len(self.source.plan), name)
 
     def quantized(
         self, name: str, weight: Tensor, layer: QuantLinear, calibration: Calibration | None
     ) -> None:
-        """Record a layer."""
-        content = handle_content(layer.handle)
+        """Record a layer; of one that is quantized in two steps, the last, and the time of both."""
+        content, before = handle_content(layer.handle), self.layers.get(name, {"seconds": 0.0})
         self.layers[name] = {
             **self.report(weight, layer, calibration),
-            "seconds": time.perf_counter() - self._clock,
+            "seconds": before["seconds"] + time.perf_counter() - self._clock,
             "sha256": hash_weight(weight.T if layer.conv1d else weight),  # as it is stored
             "format_version": content["format_version"],
             "meta": content["meta"],

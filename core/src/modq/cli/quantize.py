@@ -81,7 +81,8 @@ def command(
     found in a linear's name counts; what follows is another backend with its options, options of --backend
     to change, or `dense`.
 
-    The error of a linear is |W - Ŵ| / |W|, in the Frobenius norm. OUT/quantize.json has it for each.
+    The error of a linear is |W - Ŵ| / |W|, in the Frobenius norm; that of its outputs weighs the inputs as
+    the calibration text has them. OUT/quantize.json has both for each.
     """
     options = collect_options(backend, **given)
     overrides = collect_layers(backend, options, layers)
@@ -134,7 +135,7 @@ def _check_calibration(backends: Iterable[str], calibration: str | None, *, resu
 
 def _check_format(backend: str, format: str | None) -> None:
     """Refuse a format that the backend does not write, before anything slow begins."""
-    known = [written.name for written in describe_backend(backend).formats]
+    known = [its.name for its in describe_backend(backend).formats if its.written]
     if format is not None and format not in known:
         raise OptionError(
             f"backend {backend!r} does not write format {format!r}; it writes {', '.join(known) or 'none'}"
@@ -157,14 +158,13 @@ def _report(quantized: Quantized, out: Path, each_layer: bool) -> str:
 
 
 def _by_layer(layers: Mapping[str, LayerReport]) -> list[tuple[str, ...]]:
-    header = ("LINEAR", "SHAPE", "BACKEND", "BITS", "ERROR")
-    return [
-        header,
-        *(
-            (name, "x".join(map(str, its.shape)), its.backend, f"{its.bits_per_weight:.3f}", _percent([its]))
-            for name, its in layers.items()
-        ),
-    ]
+    calibrated = _calibrated(layers)
+    rows = [("LINEAR", "SHAPE", "BACKEND", "BITS", "ERROR", *(["OF OUTPUTS"] if calibrated else []))]
+    for name, its in layers.items():
+        shape = "x".join(map(str, its.shape))
+        of_outputs = [_of_outputs([its])] if calibrated else []
+        rows.append((name, shape, its.backend, f"{its.bits_per_weight:.3f}", _percent([its]), *of_outputs))
+    return rows
 
 
 def _by_kind(layers: Mapping[str, LayerReport]) -> list[tuple[str, ...]]:
@@ -172,13 +172,17 @@ def _by_kind(layers: Mapping[str, LayerReport]) -> list[tuple[str, ...]]:
     kinds: dict[tuple[str, str], dict[str, LayerReport]] = {}
     for name, its in layers.items():
         kinds.setdefault((kind_of_name(name), its.backend), {})[name] = its
+    calibrated = _calibrated(layers)
+    header = ("LINEARS", "COUNT", "BACKEND", "BITS", "MEAN ERROR", "WORST", "IN BLOCK")
     return [
-        ("LINEARS", "COUNT", "BACKEND", "BITS", "MEAN ERROR", "WORST", "IN BLOCK"),
-        *(_kind_row(kind, backend, members) for (kind, backend), members in kinds.items()),
+        (*header, *(["OF OUTPUTS"] if calibrated else [])),
+        *(_kind_row(kind, backend, members, calibrated) for (kind, backend), members in kinds.items()),
     ]
 
 
-def _kind_row(kind: str, backend: str, members: Mapping[str, LayerReport]) -> tuple[str, ...]:
+def _kind_row(
+    kind: str, backend: str, members: Mapping[str, LayerReport], calibrated: bool
+) -> tuple[str, ...]:
     weights = {name: its.shape[0] * its.shape[1] for name, its in members.items()}
     stored = sum(its.bits_per_weight * weights[name] for name, its in members.items())
     worst = max(members, key=lambda name: _sortable(members[name]))
@@ -190,7 +194,18 @@ def _kind_row(kind: str, backend: str, members: Mapping[str, LayerReport]) -> tu
         _percent(list(members.values())),
         _percent([members[worst]]),
         ".".join(part for part in worst.split(".") if part.isdecimal()) or "-",
+        *([_of_outputs(list(members.values()))] if calibrated else []),
     )
+
+
+def _calibrated(layers: Mapping[str, LayerReport]) -> bool:
+    return any(its.hessian_error is not None for its in layers.values())
+
+
+def _of_outputs(layers: list[LayerReport]) -> str:
+    """Spell the mean error of the outputs on the calibration text; a dash where it is not known."""
+    errors = [layer.hessian_error for layer in layers if layer.hessian_error is not None]
+    return f"{statistics.fmean(errors):.2%}" if len(errors) == len(layers) else "-"
 
 
 def _sortable(layer: LayerReport) -> float:

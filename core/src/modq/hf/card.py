@@ -26,6 +26,7 @@ from modq.hf.provenance import base_layers, describe_base, describe_scheme, save
 from modq.hf.wrap import wrap
 from modq.linear import QuantLinear
 from modq.model import quantized_layers
+from modq.sharing import packed_bytes
 from modq.spec import JSON
 
 FILE = "README.md"
@@ -109,11 +110,10 @@ def start_card(folder: str | Path, title: str = _ADAPTER) -> None:
 
 
 def _base_section(model: Any, source_name: str | None, name: str) -> str:
-    layers, base = base_layers(model).values(), describe_base(model)
+    layers, base = base_layers(model), describe_base(model)
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    dense = held + sum(
-        _weights(layer) * layer.compute_dtype.itemsize - _packed_bytes(layer) for layer in layers
-    )
+    dense = held - sum(packed_bytes(layers).values())
+    dense += sum(_weights(layer) * layer.compute_dtype.itemsize for layer in layers.values())
     packages = ["modq", *sorted({scheme["package"] for scheme in base.schemes})]
     auto = "AutoModelForCausalLM" if _task(model) == "text-generation" else type(model).__name__
     lines = [
@@ -154,18 +154,14 @@ def _adapter_section(model: Any) -> str:
 
 def _table(model: Any) -> list[str]:
     layers, base = base_layers(model), describe_base(model)
+    nbytes = packed_bytes(layers)
     rows = ["| backend and options | package | layers | bits a weight |", "|---|---|---|---|"]
     for number, scheme in enumerate(base.schemes):
-        its = [layers[name] for name in base.names(number)]
-        bits = 8 * sum(map(_packed_bytes, its)) / sum(map(_weights, its))
+        its = base.names(number)
+        bits = 8 * sum(nbytes[name] for name in its) / sum(_weights(layers[name]) for name in its)
         package = f"{scheme['package']} {scheme['version']}"
         rows.append(f"| `{describe_scheme(scheme)}` | {package} | {len(its)} | {bits:.4g} |")
     return rows
-
-
-def _packed_bytes(layer: QuantLinear) -> int:
-    """The bytes of the packed tensors, which may be sharded or offloaded."""
-    return sum(tensor.numel() * tensor.element_size() for _, tensor in layer.named_packed())
 
 
 def _weights(layer: QuantLinear) -> int:

@@ -133,7 +133,7 @@ class ModqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         self.modules_to_not_convert = modules_to_not_convert
         self.options = {} if options is None else options
         self.resolved = resolved
-        self.source = source  # the quantization_config of a foreign checkpoint that is being loaded
+        self.source = source  # what a foreign checkpoint that is being loaded says, see modq.hf.foreign
         self.takeover = takeover
 
     @classmethod
@@ -210,6 +210,32 @@ def read_modules(resolved: Mapping[str, JSON]) -> dict[str, tuple[Scheme, int, M
         raise CheckpointError(
             f"quantization_config's record of the quantized modules is incomplete ({error!r}); "
             "is it edited by hand?"
+        ) from None
+
+
+def read_shared(resolved: Mapping[str, JSON], names: Mapping[str, str]) -> dict[str, str]:
+    """Return which packed tensors a model's layers have in common, {name: first name}.
+
+    Args:
+        resolved: the record.
+        names: what each recorded module is called in this model; of others nothing is returned.
+
+    Raises:
+        CheckpointError: if the record is damaged.
+    """
+    try:
+        recorded = [
+            (*name.rsplit(".", 1), *first.rsplit(".", 1))
+            for name, first in resolved.get("shared", {}).items()
+        ]
+        return {
+            f"{names[module]}.{tensor}": f"{names[other]}.{source}"
+            for module, tensor, other, source in recorded
+            if module in names and other in names
+        }
+    except (AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"quantization_config's record of shared tensors is damaged ({error}); is it edited by hand?"
         ) from None
 
 

@@ -27,13 +27,14 @@ from modq.calibrate.engine import quantize_blocks
 from modq.calibrate.replay import find_blocks, inside_blocks
 from modq.calibrate.texts import as_samples
 from modq.errors import CheckpointError, ModqError, OptionError, ShapeError
-from modq.hf.config import ModqConfig, read_modules, resolve
+from modq.hf.config import ModqConfig, read_modules, read_shared, resolve
 from modq.hf.foreign import ImportOnLoad, conversions, expect_foreign, required_format
 from modq.hf.observe import current_observer
 from modq.hf.provenance import hash_weight, join_hashes
 from modq.linear import QuantLinear
 from modq.model import Recipe, dense_linears, plan_layers, quantize_layers, quantized_layers
 from modq.op import make_handle, stored
+from modq.sharing import find_shared, named_packed, share
 from modq.spec import TensorSpec
 
 
@@ -67,6 +68,8 @@ class ModqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         if not self.param_needs_quantization(model, param_name):
             return param.element_size()
         layer = model.get_submodule(param_name.rpartition(".")[0])
+        if layer.options is None:  # of another format's checkpoint: not known before its tensors are read
+            return param.element_size()
         specs = describe_weight((layer.out_features, layer.in_features), layer.backend, layer.options)
         return sum(_nbytes(spec) for spec in specs.values()) / param.numel()
 
@@ -133,12 +136,18 @@ class ModqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         """Record anew what each module is now; the tensors themselves are the model's own state dict."""
         self._record(model)
         _keep_packed_as_they_are(model)
-        return None, {}
+        shared = (self.quantization_config.resolved or {}).get("shared")
+        if not shared:
+            return None, {}
+        state = model.state_dict()  # of which safetensors takes a tensor once
+        return {name: tensor for name, tensor in state.items() if name not in shared}, {}
 
     def _record(self, model: Any, source: str | None = None) -> None:
         """Record what each module is now, with the hash of the source's weights, or the one known so far."""
         known = (self.quantization_config.resolved or {}).get("source")
-        self.quantization_config.resolved = resolve(quantized_layers(model), source or known)
+        record = resolve(quantized_layers(model), source or known)
+        shared = find_shared(named_packed(quantized_layers(model)))
+        self.quantization_config.resolved = {**record, "shared": shared} if shared else record
 
     def is_serializable(self) -> bool:
         """Every backend's layers are plain tensors and JSON."""
@@ -273,10 +282,14 @@ def expect_packed(model: Any, config: ModqConfig, dtype: torch.dtype | None) -> 
         raise CheckpointError(
             "the checkpoint's quantization_config records no modules; was it saved by modq?"
         )
-    for name, (scheme, format_version, meta) in _names_in(model, read_modules(resolved)).items():
+    modules = read_modules(resolved)
+    names = _names_in(model, {name: name for name in modules})
+    for name, recorded in names.items():
+        scheme, format_version, meta = modules[recorded]
         layer = QuantLinear.like(model.get_submodule(name), scheme.backend, scheme.options, dtype=dtype)
         layer.allocate(format_version, meta)
         model.set_submodule(name, layer)
+    share(model, read_shared(resolved, {recorded: name for name, recorded in names.items()}))
 
 
 def _names_in(model: Any, recorded: Mapping[str, Any]) -> dict[str, Any]:

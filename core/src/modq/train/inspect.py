@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from modq.model import quantized_layers
+from modq.sharing import packed_bytes
 from modq.train.models import Sizes, measure, read_config
 
 
@@ -47,9 +48,11 @@ def inspect_model(source: str) -> Inspection:
     """
     from transformers import AutoModelForCausalLM
 
+    from modq.hf.foreign import stored_config
+
     config = read_config(source)
     dtype = config.dtype or torch.float32
-    stored = getattr(config, "quantization_config", None)
+    stored = stored_config(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -77,13 +80,11 @@ def _expect(model: Any, stored: Mapping[str, Any], dtype: torch.dtype) -> tuple[
     records, modules = config.resolved["schemes"], config.resolved["modules"]
     count = Counter(modules.values())
     layers = dict(quantized_layers(model))
-    bits = {}
+    nbytes, bits = packed_bytes(layers), {}
     for number in count:
-        weights = [
-            layers[name].quantized_weight for name, of in modules.items() if of == number and name in layers
-        ]
-        elements = sum(weight.shape[0] * weight.shape[1] for weight in weights)
-        bits[number] = 8 * sum(weight.nbytes for weight in weights) / elements if elements else 0.0
+        its = [name for name, of in modules.items() if of == number and name in layers]
+        elements = sum(layers[name].out_features * layers[name].in_features for name in its)
+        bits[number] = 8 * sum(nbytes[name] for name in its) / elements if elements else 0.0
     return tuple(
         SchemeInfo(r["backend"], r["package"], r["version"], r["options"], count[number], bits[number])
         for number, r in enumerate(records)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from modq.errors import CheckpointError, ModqError, OptionError
 from modq.model import quantized_layers
+from modq.sharing import packed_bytes
 from modq.train.processes import local_rank, process_count
 
 
@@ -27,10 +28,12 @@ class Sizes:
 
 def measure(model: Any) -> Sizes:
     """Measure a model in memory. Tied weights count once."""
-    layers = [(layer.quantized_weight, layer.compute_dtype.itemsize) for _, layer in quantized_layers(model)]
-    weights = sum(qweight.shape[0] * qweight.shape[1] for qweight, _ in layers)
-    packed = sum(qweight.nbytes for qweight, _ in layers)
-    would_be = sum(qweight.shape[0] * qweight.shape[1] * itemsize for qweight, itemsize in layers)
+    layers = dict(quantized_layers(model))
+    weights = sum(layer.out_features * layer.in_features for layer in layers.values())
+    packed = round(sum(packed_bytes(layers).values()))
+    would_be = sum(
+        layer.out_features * layer.in_features * layer.compute_dtype.itemsize for layer in layers.values()
+    )
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return Sizes(held - packed + would_be, held, len(layers), 8 * packed / weights if weights else None)
 
@@ -154,7 +157,9 @@ def within_context(source: str, config: Any, tokens: int | None, default: int, o
 
 def refuse_quantized(source: str, config: Any) -> None:
     """Refuse to quantize what is quantized already."""
-    stored = getattr(config, "quantization_config", None)
+    from modq.hf.foreign import stored_config
+
+    stored = stored_config(config)
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, Mapping) else stored.quant_method
         raise CheckpointError(

@@ -76,9 +76,10 @@ class Rotated:
         return (self.part_of[0] if self.part_of else self.shape[0], self.shape[1])
 
     @property
-    def first(self) -> int:
-        """The row of the whole that is this layer's first."""
-        return self.part_of[1] if self.part_of else 0
+    def own(self) -> slice:
+        """The rows of the whole that are this layer's."""
+        first = self.part_of[1] if self.part_of else 0
+        return slice(first, first + self.shape[0])
 
     def rotations(self) -> tuple[Rotation, Rotation]:
         """Return U_m and U_n."""
@@ -112,7 +113,7 @@ class Rotated:
         y = blockwise_matmul(first.apply(rows, transpose=True), decode, self.whole, transpose)
         y = last.apply(y)
         if not transpose and self.part_of:
-            y = y[:, self.first : self.first + self.shape[0]]
+            y = y[:, self.own]
         return (y * after).to(x.dtype).reshape(*x.shape[:-1], -1)
 
     def dequantize(
@@ -125,7 +126,7 @@ class Rotated:
         """
         compute = _compute_dtype(dtype)
         inputs, outputs = self._scales(tensors, compute)
-        own = slice(self.first + rows.start, self.first + rows.stop)
+        own = slice(self.own.start + rows.start, self.own.start + rows.stop)
         m, n = self.whole
         if not (rows.stop - rows.start) * (columns.stop - columns.start):
             return inputs.new_empty(len(outputs[rows]), len(inputs[columns]), dtype=dtype)
@@ -165,7 +166,7 @@ class Rotated:
     def _among_the_whole(self, rows: Tensor) -> Tensor:
         """Put the gradient of this layer's outputs among zeros for the others'."""
         whole = rows.new_zeros((rows.shape[0], self.whole[0]))
-        whole[:, self.first : self.first + self.shape[0]] = rows
+        whole[:, self.own] = rows
         return whole
 
 

@@ -35,6 +35,12 @@ class Options:
     tune_iters: int = 10
     """Passes of coordinate descent after the rounding; only with calibration."""
 
+    tune_epochs: int = 0
+    """Epochs of tuning scale vectors, norms and biases over each block as a whole; only with calibration."""
+
+    tune_lr: float = 5e-4
+    """Adam's learning rate for the scale vectors; that of norms and biases is a tenth of it."""
+
     rescale: bool = False
     """Whether to balance the columns of the weight with the inputs before the rotation."""
 
@@ -55,9 +61,11 @@ class Options:
                 raise ValueError(f"{name}={given!r}, expected a number above 0, or None")
         if self.residual_scale is not None and (self.codebook, self.bits) not in (("e8p", 3), ("e8p", 4)):
             raise ValueError("residual_scale is for codebook 'e8p' at 3 or 4 bits; leave it out")
-        if not 0 < self.damping < float("inf"):
-            raise ValueError(f"damping={self.damping!r}, expected a number above 0")
-        if self.tune_iters < 0:
-            raise ValueError(f"tune_iters={self.tune_iters!r}, expected at least 0")
+        for name in ("damping", "tune_lr"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)!r}, expected a number above 0")
+        for name in ("tune_iters", "tune_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}, expected at least 0")
         if len(self.part_of) not in (0, 2) or not all(isinstance(n, int) and n >= 0 for n in self.part_of):
             raise ValueError(f"part_of={self.part_of!r}, expected (rows of the whole, first row), or none")

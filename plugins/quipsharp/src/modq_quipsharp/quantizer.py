@@ -8,11 +8,22 @@ import torch
 from torch import Tensor
 
 from modq.errors import CheckpointError, OptionError, WeightError
-from modq.spec import Calibration, QuantizedWeight, TensorSpec, hookimpl
+from modq.spec import (
+    JSON,
+    BlockCalibration,
+    BlockResult,
+    Calibration,
+    ImportedLayer,
+    QuantizedWeight,
+    TensorSpec,
+    hookimpl,
+)
 from modq_quipsharp.layout import Rotated, layout_of
 from modq_quipsharp.ldlq import round_plainly, round_with_feedback
 from modq_quipsharp.options import Options
+from modq_quipsharp.relaxml import read_module
 from modq_quipsharp.rotation import Rotation
+from modq_quipsharp.tuning import tune_block
 
 FORMAT_VERSION = 1
 
@@ -38,13 +49,19 @@ class QuipSharp:
     @hookimpl
     def quantize(self, weight: Tensor, options: Options, calibration: Calibration | None) -> QuantizedWeight:
         """Rotate, round with feedback if there is calibration, and pack."""
-        if options.part_of:
-            raise OptionError(f"part_of={options.part_of!r} is for imported layers only; leave it out")
         shape = (weight.shape[0], weight.shape[1])
         layout = layout_of(shape, options)
         hessian = _hessian(weight, options, calibration)
-        tensors = _quantize(weight.float(), hessian, layout, options)
+        tensors = _quantize(_as_whole(weight.float(), layout), hessian, layout, options)
+        tensors["output_scales"] = tensors["output_scales"][layout.own].clone()
         return QuantizedWeight("quipsharp", FORMAT_VERSION, shape, tensors, layout.meta)
+
+    @hookimpl
+    def quantize_block(
+        self, weights: Mapping[str, Tensor], options: Mapping[str, Options], calibration: BlockCalibration
+    ) -> BlockResult | None:
+        """Tune the scale vectors, and the block's norms and biases, where options ask for it."""
+        return tune_block(weights, options, calibration)
 
     @hookimpl
     def dequantize(self, qweight: QuantizedWeight, dtype: torch.dtype, rows: slice, columns: slice) -> Tensor:
@@ -56,6 +73,14 @@ class QuipSharp:
         """Multiply in either direction, rotating the activations."""
         return _layout(qweight).matmul(x, qweight.tensors, transpose)
 
+    @hookimpl
+    def import_layers(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, JSON], shapes: Mapping[str, tuple[int, int]]
+    ) -> Mapping[str, ImportedLayer]:
+        """Read one module of a checkpoint of the paper's authors, fused or not."""
+        parts = [(name, rows) for name, (rows, _) in shapes.items()]
+        return read_module(tensors, parts, config, FORMAT_VERSION)
+
 
 def _layout(qweight: QuantizedWeight) -> Rotated:
     if qweight.format_version != FORMAT_VERSION:
@@ -65,6 +90,21 @@ def _layout(qweight: QuantizedWeight) -> Rotated:
         )
     meta = dict(qweight.meta)
     return Rotated(qweight.shape, **{**meta, "part_of": tuple(meta["part_of"])})
+
+
+def _as_whole(weight: Tensor, layout: Rotated) -> Tensor:
+    """Return a part of a fused layer among zeros in the place of the other parts.
+
+    Where something is merged into such a part, only this leaves the layer of the kind that it is.
+    """
+    if not layout.part_of:
+        return weight
+    if layout.own.stop > layout.whole[0]:
+        own = f"rows {layout.own.start} to {layout.own.stop}"
+        raise OptionError(f"part_of={layout.part_of!r} has {layout.whole[0]} rows, and the layer's are {own}")
+    whole = weight.new_zeros(layout.whole)
+    whole[layout.own] = weight
+    return whole
 
 
 def _hessian(weight: Tensor, options: Options, calibration: Calibration | None) -> Tensor | None:

@@ -67,11 +67,12 @@ def read_module(
     Raises:
         CheckpointError: if it is of a kind that is not read, a tensor is missing, or sizes disagree.
     """
+    _refuse_additions(tensors, params)
     kind = _kind(tensors, params)
     inputs, outputs = tensors["SU"].flatten(), tensors["SV"].flatten()
     shape = (len(outputs), len(inputs))
     if sum(rows for _, rows in parts) != shape[0]:
-        told = " + ".join(f"{name} {rows}" for name, rows in parts)
+        told = " + ".join(f"{name} {rows}".strip() for name, rows in parts)
         raise CheckpointError(f"SV has {shape[0]} outputs, expected {told}; do config and tensors disagree?")
     scales = _scales(tensors, len(parts))
     shared = _unpack(tensors["Qidxs"], shape, kind)
@@ -124,14 +125,25 @@ def _unpack(words: Tensor, shape: tuple[int, int], kind: _Kind) -> dict[str, Ten
     return tensors
 
 
+def _refuse_additions(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> None:
+    """Refuse what a module may have beside its codes and scales, whether tensors or `quip_params` show it."""
+    for name, what in (("A", "low-rank factors"), ("B", "low-rank factors"), ("bias", "a bias")):
+        if name in tensors:
+            raise CheckpointError(f"a QuIP# module has {what} ({name}), which modq-quipsharp does not read")
+    for name, what in (("lora_rank", "low-rank factors"), ("outlier_channel_split", "split channels")):
+        if params.get(name):
+            raise CheckpointError(
+                f"config.json has {name} {params[name]!r}: {what}, which modq-quipsharp does not read"
+            )
+    if params.get("rescale_WH") and "scaleWH" not in tensors:
+        raise CheckpointError("config.json has rescale_WH, and a module lacks scaleWH; is a shard missing?")
+
+
 def _kind(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> _Kind:
     """Return which of their codebooks it is; refuse what is not read."""
     missing = [name for name in ("Qidxs", "codebook_id", "SU", "SV", "Wscale") if name not in tensors]
     if missing:
         raise CheckpointError(f"a QuIP# module lacks {', '.join(missing)}; is a shard missing?")
-    for name, what in (("A", "low-rank factors"), ("B", "low-rank factors"), ("bias", "a bias")):
-        if name in tensors:
-            raise CheckpointError(f"a QuIP# module has {what} ({name}), which modq-quipsharp does not read")
     number = int(tensors["codebook_id"])
     kind = _KINDS.get(number)
     known = ", ".join(f"{known} ({kind.name})" for known, kind in _KINDS.items())
