@@ -194,6 +194,7 @@ def test_the_report_has_the_error_in_both_norms(tiny_llama: Path, data: Path, tm
     assert report == json.loads((tmp_path / "out" / "quantize.json").read_text())
     assert report["calibration"]["samples"] == 4
     assert len(report["layers"]) == 14
+    assert 0 < sum(layer["seconds"] for layer in report["layers"].values()) < report["seconds"]
     for name, layer in report["layers"].items():
         assert 0 < layer["hessian_error"] < layer["relative_error"] < 0.3, name  # OPTQ minimizes the first
     model, seen = load(tiny_llama), Seen()

@@ -98,7 +98,7 @@ def test_the_report_says_what_was_done(tiny_llama: Path, tmp_path: Path) -> None
     held = sum(p.numel() * p.element_size() for p in AutoModelForCausalLM.from_pretrained(out).parameters())
     assert report["sizes"]["held"] == held
     assert report["sizes"]["quantized_layers"] == len(report["layers"]) == 14
-    assert report["seconds"] > 0
+    assert 0 < sum(layer["seconds"] for layer in report["layers"].values()) < report["seconds"]
 
 
 def test_the_table_has_a_line_for_each_kind_of_linear(tiny_llama: Path, tmp_path: Path) -> None:

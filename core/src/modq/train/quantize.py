@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -46,6 +46,7 @@ class LayerReport:
     bits_per_weight: float
     relative_error: float | None
     hessian_error: float | None = None  # in the norm that weighs inputs as the calibration data has them
+    seconds: float | None = None  # with gathering what it learned from
 
     @classmethod
     def of(cls, weight: Tensor, qweight: QuantizedWeight, hessian: Tensor | None = None) -> LayerReport:
@@ -169,19 +170,22 @@ class _Recorder:
         self.progress = progress
         self.total = 0
         self.layers: dict[str, LayerReport] = {}
+        self._clock = time.perf_counter()
 
     def planned(self, names: Sequence[str]) -> None:
         self.total = len(names)
 
     def begins(self, name: str) -> None:
         self.progress(len(self.layers), self.total, name)
+        self._clock = time.perf_counter()
 
     def saving(self) -> None:
         """The last linear counts as done when it is saved."""
         self.progress(max(self.total - 1, 0), self.total, "saving")
 
     def quantized(self, name: str, weight: Tensor, qweight: QuantizedWeight) -> None:
-        self.layers[name] = LayerReport.of(weight, qweight)
+        seconds = time.perf_counter() - self._clock
+        self.layers[name] = replace(LayerReport.of(weight, qweight), seconds=seconds)
 
 
 def _ignore(done: int, total: int, name: str) -> None:
