@@ -212,7 +212,7 @@ def test_a_read_only_place(quantize: Callable[..., str], monkeypatch: pytest.Mon
     [
         "transformers.modeling_utils.safe_save_file",
         "transformers.PreTrainedTokenizerFast.save_pretrained",
-        "modq.train.quantize.Path.write_text",
+        "modq.train.quantize.write_json",
     ],
 )
 def test_a_disk_that_is_full_at_any_file(
@@ -339,6 +339,7 @@ def test_ctrl_c_in_the_middle_of_quantize(model: Path, parent: Path) -> None:
     """The real thing: a signal while a layer is quantized."""
     code = (
         "import os, signal, modq.hf.quantizer as q\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "real, calls = q.quantize_weight, []\n"
         "def slow(*args):\n"
         "    calls.append(1)\n"
