@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -106,8 +107,14 @@ def to_json(given: argparse.Namespace, runs: list[Runs]) -> dict[str, Any]:
 def write(file: Path, found: dict[str, Any]) -> None:
     """Write the figures, and their table beside them."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    file.write_text(dumps(found) + "\n", encoding="utf-8")
     file.with_suffix(".md").write_text(render(found) + "\n", encoding="utf-8")
+
+
+def dumps(found: dict[str, Any]) -> str:
+    """Spell results as JSON, with a list of numbers or words on one line."""
+    flat = re.compile(r"\[\s+([^][{}]*?)\s+\]")
+    return flat.sub(lambda its: f"[{' '.join(its[1].split())}]", json.dumps(found, indent=1))
 
 
 def render(found: dict[str, Any]) -> str:

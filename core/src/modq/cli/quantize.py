@@ -105,11 +105,7 @@ def command(
             from modq.train.calibrate import CalibrationData, calibrate_folder
 
             data = CalibrationData(
-                source=calibration,
-                samples=samples,
-                length=length,
-                seed=seed,
-                true_sequential=true_sequential,
+                source=calibration, samples=samples, length=length, seed=seed, true_sequential=true_sequential
             )
             quantized = calibrate_folder(
                 model, out, **wanted, data=data, format=format, resume=resume, progress=progress

@@ -88,8 +88,6 @@ def collect_layers(
 
     HOW is `dense`, or settings with commas between, of which the first may be the name of a backend.
     """
-    from modq.model import Recipe  # imports torch
-
     layers: dict[str, dict[str, Any] | None] = {}
     for pattern, how in given:
         first, *others = how.split(",")
@@ -100,6 +98,8 @@ def collect_layers(
         else:
             layers[pattern] = {"backend": first, **parse_settings(others)}
     if layers:
+        from modq.model import Recipe  # imports torch: what is wrong without --layers shall show at once
+
         Recipe(backend, options, layers).check()
     return layers
 
