@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import cell
-
-GROUP, DAMPING = 64, 0.05
+from benchmarks.quality_systems import GPTQMODEL, GROUP, OPTQ
 
 
 def main(settings: dict[str, Any]) -> dict[str, Any]:
@@ -55,9 +54,8 @@ def _modq_optq(weight: Tensor, inputs: Tensor, bits: int) -> tuple[float, Tensor
     from modq.spec import Calibration
 
     known = Calibration(hessian=inputs.T @ inputs / len(inputs), samples=len(inputs))
-    options = {"symmetric": False, "act_order": "group", "damping": DAMPING}
     started = time.perf_counter()
-    packed = modq.quantize(weight, "optq", known, bits=bits, group_size=GROUP, **options)
+    packed = modq.quantize(weight, "optq", known, bits=bits, group_size=GROUP, **OPTQ)
     seconds = time.perf_counter() - started
     return seconds, modq.dequantize(packed)
 
@@ -67,9 +65,7 @@ def _gptqmodel(weight: Tensor, inputs: Tensor, bits: int) -> tuple[float, Tensor
     from gptqmodel.quantization import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
 
-    config = QuantizeConfig(
-        bits=bits, group_size=GROUP, sym=False, desc_act=False, act_group_aware=True, damp_percent=DAMPING
-    )
+    config = QuantizeConfig(bits=bits, group_size=GROUP, **GPTQMODEL)
     task = GPTQ(NamedModule(_linear(weight), "linear", "linear", 0), config)
     task.quantizer.configure(perchannel=True)
     task.add_batch(inputs[None], None)

@@ -7,7 +7,6 @@ same on both sides of a comparison: the tokens, group size, symmetry, damping an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +15,30 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks import systems
-from benchmarks.systems import Load, System
+from benchmarks.systems import GROUP, System, load_gptqmodel, quantize_with_gptqmodel
 from modq.calibrate.replay import find_blocks
 from modq.demo.packages import TEXT_PACKAGE, package_files
 from modq.demo.texts import token_windows
 from modq.model import dense_linears
 from modq.train.models import load_tokenizer
 
-GROUP = 64
 DAMPING = 0.05
 """GPTQModel's default; of the mean of the Hessian's diagonal."""
+
+OPTQ: dict[str, Any] = {"symmetric": False, "act_order": "group", "damping": DAMPING}
+GPTQMODEL: dict[str, Any] = {
+    "sym": False,
+    "desc_act": False,
+    "act_group_aware": True,
+    "damp_percent": DAMPING,
+}
+"""The same, as GPTQModel calls it."""
 
 CALIBRATION_YEARS = range(1947, 2009)
 CALIBRATION_TOKENS = 512
 
 Prepare = Callable[[Path, Path, Tensor], None]
 """(dense model, new folder, calibration windows) writes a checkpoint, in float32 where it is not packed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Quantized:
-    """A model quantized in one way.
-
-    Attributes:
-        setting: how, in words for the table.
-        prepare: writes the checkpoint.
-        load: loads it.
-        peer: the name of its environment; None is the project's own.
-        packages: whose versions the results state.
-    """
-
-    setting: str
-    prepare: Prepare
-    load: Load
-    peer: str | None = None
-    packages: tuple[str, ...] = ()
 
 
 def calibration_windows(model: Path, count: int) -> Tensor:
@@ -144,58 +132,32 @@ def _hqq(bits: int) -> Prepare:
 
 def _gptqmodel(bits: int) -> Prepare:
     def prepare(dense: Path, folder: Path, windows: Tensor) -> None:
-        from gptqmodel import GPTQModel, QuantizeConfig
-
-        config = QuantizeConfig(
-            bits=bits,
-            group_size=GROUP,
-            sym=False,
-            desc_act=False,
-            act_group_aware=True,
-            damp_percent=DAMPING,
-        )
-        model = GPTQModel.load(str(dense), config, dtype=torch.float32)
-        model.quantize(
-            [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows.split(1)],
-            batch_size=1,
-        )
-        model.save(str(folder))
+        quantize_with_gptqmodel(dense, folder, windows, torch.float32, bits=bits, **GPTQMODEL)
 
     return prepare
 
 
-def _load_gptqmodel(bits: int) -> Load:
-    def load(folder: Path, dtype: torch.dtype) -> Any:
-        config = transformers.GPTQConfig(bits=bits, group_size=GROUP, backend="gptq_torch")
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, quantization_config=config, device_map="cpu"
-        )
-
-    return load
+def _ours(prepare: Prepare, setting: str, plugin: str) -> System[Tensor]:
+    return System(setting, prepare, load_dense, packages=("modq", f"modq-{plugin}"))
 
 
-def _ours(prepare: Prepare, setting: str, plugin: str) -> Quantized:
-    return Quantized(setting, prepare, load_dense, packages=("modq", f"modq-{plugin}"))
-
-
-_OPTQ = {"symmetric": False, "act_order": "group", "damping": DAMPING}
 _HQQ_WORDS = "axis 1, float16 scales"
 _OPTQ_WORDS = f"asymmetric, order inside groups, damping {DAMPING}"
 
 
-def _all() -> Iterator[tuple[str, Quantized]]:
-    yield "dense", Quantized("not quantized", lambda dense, folder, windows: None, load_dense)
+def _all() -> Iterator[tuple[str, System[Tensor]]]:
+    yield "dense", System("not quantized", lambda dense, folder, windows: None, load_dense)
     for bits in (4, 3, 2):
         words = f"{bits} bits, group {GROUP}"
-        yield f"rtn-{bits}", Quantized(f"{words}, asymmetric", _rounded(bits), load_dense)
-        optq = _modq("optq", calibrated=True, bits=bits, group_size=GROUP, **_OPTQ)
+        yield f"rtn-{bits}", System(f"{words}, asymmetric", _rounded(bits), load_dense)
+        optq = _modq("optq", calibrated=True, bits=bits, group_size=GROUP, **OPTQ)
         yield f"modq-optq-{bits}", _ours(optq, f"{words}, {_OPTQ_WORDS}", "optq")
         yield (
             f"gptqmodel-{bits}",
-            Quantized(
+            System(
                 f"{words}, {_OPTQ_WORDS}",
                 _gptqmodel(bits),
-                _load_gptqmodel(bits),
+                load_gptqmodel(bits),
                 peer="gptqmodel",
                 packages=("gptqmodel",),
             ),
@@ -204,12 +166,12 @@ def _all() -> Iterator[tuple[str, Quantized]]:
         yield f"modq-hqq-{bits}", _ours(hqq, f"{words}, {_HQQ_WORDS}", "hqq")
         yield (
             f"hqq-{bits}",
-            Quantized(f"{words}, {_HQQ_WORDS}", _hqq(bits), load_dense, peer="hqq", packages=("hqq",)),
+            System(f"{words}, {_HQQ_WORDS}", _hqq(bits), load_dense, peer="hqq", packages=("hqq",)),
         )
         quipsharp = _modq("quipsharp", calibrated=True, bits=bits)
         yield f"modq-quipsharp-{bits}", _ours(quipsharp, f"{bits} bits, E8P, no fine-tuning", "quipsharp")
     for bits in (4, 3):  # about the bits a weight that QuIP# takes
-        rows = _modq("optq", calibrated=True, bits=bits, group_size=None, **_OPTQ)
+        rows = _modq("optq", calibrated=True, bits=bits, group_size=None, **OPTQ)
         yield f"modq-optq-{bits}-rows", _ours(rows, f"{bits} bits, a scale a row, {_OPTQ_WORDS}", "optq")
     quip = _modq("quipsharp", calibrated=True, bits=2, codebook="uniform", rotation="kronecker")
     yield "modq-quip-2", _ours(quip, "2 bits, the original QuIP", "quipsharp")
@@ -225,7 +187,7 @@ LOW_BITS = ("modq-quipsharp-2", "modq-optq-3", "modq-optq-4", "modq-hqq-4", "mod
 """What LoRA is trained on beside the dense model, by rising bits."""
 
 
-def find(name: str) -> System | Quantized:
+def find(name: str) -> System[Any]:
     """Return a system of any suite."""
     return systems.SYSTEMS[name] if name in systems.SYSTEMS else SYSTEMS[name]
 

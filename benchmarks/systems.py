@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 GROUP = 64
@@ -21,16 +22,18 @@ GROUP = 64
 CALIBRATION_WINDOWS, CALIBRATION_TOKENS = 16, 256
 
 Load = Callable[[Path, torch.dtype], Any]
+Told = TypeVar("Told")
 Prepare = Callable[[Path, Path, torch.dtype], None]
 
 
 @dataclass(frozen=True, slots=True)
-class System:
+class System(Generic[Told]):
     """A way to hold the frozen base.
 
     Attributes:
         setting: what it was asked for, in words for the table.
-        prepare: writes the checkpoint that `load` reads, from the dense model's folder.
+        prepare: writes the checkpoint that `load` reads: (the dense model's folder, the new one, what its
+            suite decides: the dtype here, the calibration windows in `quality_systems`).
         load: loads that checkpoint, as training does.
         quantize: loads the dense model's folder, quantizing it; None where that takes a calibration.
         peer: the name of its environment; None is the project's own.
@@ -38,7 +41,7 @@ class System:
     """
 
     setting: str
-    prepare: Prepare
+    prepare: Callable[[Path, Path, Told], None]
     load: Load
     quantize: Load | None = None
     peer: str | None = None
@@ -99,27 +102,39 @@ def _load_hqq(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _prepare_gptqmodel(dense: Path, folder: Path, dtype: torch.dtype) -> None:
+def quantize_with_gptqmodel(
+    dense: Path, folder: Path, windows: Tensor, dtype: torch.dtype, **config: Any
+) -> None:
+    """Write what GPTQModel makes of a model from (windows, tokens)."""
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    from benchmarks.lora import training_windows
-
-    model = GPTQModel.load(str(dense), QuantizeConfig(bits=4, group_size=GROUP), dtype=dtype)
-    windows = training_windows(dense, CALIBRATION_WINDOWS, CALIBRATION_TOKENS)
-    examples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows]
+    model = GPTQModel.load(str(dense), QuantizeConfig(group_size=GROUP, **config), dtype=dtype)
+    examples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows.split(1)]
     model.quantize(examples, batch_size=1)
     model.save(str(folder))
 
 
-def _load_gptqmodel(folder: Path, dtype: torch.dtype) -> Any:
-    from transformers import GPTQConfig
+def _prepare_gptqmodel(dense: Path, folder: Path, dtype: torch.dtype) -> None:
+    from benchmarks.lora import training_windows
 
-    # its default kernel for the CPU has no gradient
-    config = GPTQConfig(bits=4, group_size=GROUP, backend="gptq_torch")
-    return _from_pretrained(folder, dtype, quantization_config=config, device_map="cpu")
+    windows = training_windows(dense, CALIBRATION_WINDOWS, CALIBRATION_TOKENS)
+    quantize_with_gptqmodel(dense, folder, windows, dtype, bits=4)
 
 
-SYSTEMS = {
+def load_gptqmodel(bits: int) -> Load:
+    """Return what loads GPTQModel's checkpoints of this width."""
+
+    def load(folder: Path, dtype: torch.dtype) -> Any:
+        from transformers import GPTQConfig
+
+        # its default kernel for the CPU has no gradient
+        config = GPTQConfig(bits=bits, group_size=GROUP, backend="gptq_torch")
+        return _from_pretrained(folder, dtype, quantization_config=config, device_map="cpu")
+
+    return load
+
+
+SYSTEMS: dict[str, System[torch.dtype]] = {
     "dense": System("not quantized", _save_quantized_by(_from_pretrained), _from_pretrained),
     "modq": System(
         "nf4, block 64, double quantization",
@@ -139,7 +154,7 @@ SYSTEMS = {
     "gptqmodel": System(
         "GPTQ, 4 bits, group 64",
         _prepare_gptqmodel,
-        _load_gptqmodel,
+        load_gptqmodel(4),
         peer="gptqmodel",
         packages=("gptqmodel", "optimum"),
     ),

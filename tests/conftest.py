@@ -149,6 +149,14 @@ def texts() -> list[str]:
     return [" ".join(WORDS[(start + 4 * i) % len(WORDS)] for i in range(24)) for start in range(len(WORDS))]
 
 
+@pytest.fixture(scope="session")
+def data(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sentences as a JSONL file, to train on or to calibrate with."""
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
 def random_model(architecture: str, dtype: torch.dtype) -> PreTrainedModel:
     """Make a model whose every parameter is random, norms and biases too: a lost one shows."""
     cls, config = ARCHITECTURES[architecture]

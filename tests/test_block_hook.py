@@ -62,13 +62,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     kept.clear()
 
 
-@pytest.fixture(scope="module")
-def data(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
 def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 

@@ -150,13 +150,6 @@ def test_a_backend_that_needs_no_data_stands_beside_one_that_does(tiny_llama: Pa
 # In memory, streamed, killed and resumed
 
 
-@pytest.fixture(scope="module")
-def data(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_streamed_it_becomes_what_it_becomes_in_memory_and_trains(
     architecture: str, tiny: Callable[..., Path], data: Path, tmp_path: Path

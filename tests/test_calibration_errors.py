@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from commands import error_line, succeed
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -13,13 +12,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from modq.model import quantized_layers
 
 OPTQ = ("--backend", "optq", "--bits", 4, "--group-size", 16, "--samples", 4, "--length", 16)
-
-
-@pytest.fixture(scope="module")
-def data(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
 
 
 def test_a_hessian_that_the_allowed_damping_does_not_mend(

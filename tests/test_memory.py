@@ -8,23 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic import write_dense
-from transformers import LlamaConfig
+from synthetic import llama, write_dense
 
 MB = 1 << 20
 SLACK = 200 * MB
 
-CONFIG = LlamaConfig(
-    hidden_size=2048,
-    intermediate_size=5632,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    vocab_size=8192,
-    tie_word_embeddings=False,
-    dtype="bfloat16",
-    architectures=["LlamaForCausalLM"],
-)
+CONFIG = llama(2048, 5632, layers=16, vocabulary=8192, dtype="bfloat16")
 
 # Anonymous memory: the pages of a mapped checkpoint are the kernel's to drop at will.
 MEASURE = """

@@ -31,13 +31,6 @@ del EXPECTED["model.layers.0.self_attn.q_proj"]
 
 
 @pytest.fixture(scope="module")
-def data(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
-@pytest.fixture(scope="module")
 def mixed(tiny_llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("mixed") / "out"
     text = ("--calibration", data, "--samples", 4, "--length", 32)

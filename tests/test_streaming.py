@@ -13,22 +13,12 @@ from pathlib import Path
 
 import pytest
 from commands import succeed
-from synthetic import write_dense
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from synthetic import llama, write_dense
+from transformers import PreTrainedTokenizerFast
 
 DENSE_BYTES_A_LIMIT = 3
 
-LARGE = LlamaConfig(
-    hidden_size=1024,
-    intermediate_size=2816,
-    num_hidden_layers=48,
-    num_attention_heads=16,
-    num_key_value_heads=4,
-    vocab_size=4096,
-    tie_word_embeddings=False,
-    dtype="float32",
-    architectures=["LlamaForCausalLM"],
-)
+LARGE = llama(1024, 2816, layers=48, vocabulary=4096, dtype="float32")
 
 LOAD_WHOLE = """
 import sys, torch
@@ -44,13 +34,6 @@ def quantize(model: Path, out: Path, data: Path, *more: object) -> list[str]:
     """Return the command line of a process of its own."""
     given = [model, out, *OPTQ, "--calibration", data, *more]
     return [sys.executable, "-W", "ignore", "-m", "modq", "quantize", *map(str, given)]
-
-
-@pytest.fixture(scope="module")
-def data(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
 
 
 @pytest.mark.slow

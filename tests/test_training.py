@@ -330,7 +330,9 @@ def test_a_model_partly_on_disk_trains_as_in_memory(
     assert_same(on_disk, train())
 
 
-def compiled_like_eager(folder: Path, **how: Any) -> None:
+def assert_compiled_is_eager(folder: Path, **how: Any) -> None:
+    """Compare the loss and the gradients of a step, compiled to one graph, with those of the eager one."""
+
     def step(compile_it: bool) -> tuple[Tensor, dict[str, Tensor]]:
         model = with_adapters(load(folder))
         run = torch.compile(model, fullgraph=True, **how) if compile_it else model
@@ -346,14 +348,14 @@ def compiled_like_eager(folder: Path, **how: Any) -> None:
 
 
 def test_a_whole_model_with_adapters_compiles_to_one_graph(tiny_llama: Path) -> None:
-    compiled_like_eager(tiny_llama, backend="aot_eager")
+    assert_compiled_is_eager(tiny_llama, backend="aot_eager")
 
 
 @pytest.mark.slow
 # torch's own import of its inductor warns of its own use of TorchScript
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_whole_model_with_adapters_compiles_with_inductor(tiny_llama: Path) -> None:
-    compiled_like_eager(tiny_llama)
+    assert_compiled_is_eager(tiny_llama)
 
 
 def test_resuming_from_a_checkpoint_ends_where_training_through_does(

@@ -10,6 +10,21 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 
+def llama(hidden: int, intermediate: int, layers: int, vocabulary: int, dtype: str) -> LlamaConfig:
+    """Return the config of a Llama with heads of 64 channels and 4 key-value heads."""
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=4,
+        vocab_size=vocabulary,
+        tie_word_embeddings=False,
+        dtype=dtype,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
 def write_dense(folder: Path, config: LlamaConfig) -> None:
     """Write a random model a layer a shard: it is never in memory as a whole."""
     generator = torch.Generator().manual_seed(0)

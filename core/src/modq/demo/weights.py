@@ -85,8 +85,23 @@ def read_gguf(gguf: Path) -> tuple[LlamaForCausalLM, Any]:
 
 
 @torch.no_grad()
-def rescale_channels(model: LlamaForCausalLM, generator: torch.Generator, sigma: float = SIGMA) -> None:
-    """Rescale the channels of a Llama without biases in place, keeping the function that it computes."""
+def rescale_channels(
+    model: Any,
+    generator: torch.Generator,
+    sigma: float = SIGMA,
+    *,
+    second_norm: str = "post_attention_layernorm",
+    norm_offset: float = 0.0,
+) -> None:
+    """Rescale the channels of a Llama without biases in place, keeping the function that it computes.
+
+    Args:
+        model: a Llama, or one whose layers differ from its in the two points below only.
+        generator: draws the factors.
+        sigma: their spread.
+        second_norm: the norm that the MLP reads.
+        norm_offset: what a norm adds to its weight before it scales.
+    """
     config = model.config
     repeats = config.num_attention_heads // config.num_key_value_heads
 
@@ -95,8 +110,9 @@ def rescale_channels(model: LlamaForCausalLM, generator: torch.Generator, sigma:
 
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        _trade(layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), factors)
-        _trade(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), factors)
+        readers = (attention.q_proj, attention.k_proj, attention.v_proj)
+        _trade(layer.input_layernorm, norm_offset, readers, factors)
+        _trade(layer.get_submodule(second_norm), norm_offset, (mlp.gate_proj, mlp.up_proj), factors)
         t = factors(mlp.up_proj.out_features)
         _scale(mlp.up_proj, t[:, None])
         _scale(mlp.down_proj, 1 / t)
@@ -106,10 +122,10 @@ def rescale_channels(model: LlamaForCausalLM, generator: torch.Generator, sigma:
         _scale(attention.o_proj, 1 / per_query_head.reshape(-1))
 
 
-def _trade(norm: Any, readers: tuple[Any, ...], factors: Any) -> None:
+def _trade(norm: Any, offset: float, readers: tuple[Any, ...], factors: Any) -> None:
     """Scale a norm's channels up and the columns that read them down."""
     s = factors(norm.weight.numel())
-    _scale(norm, s)
+    norm.weight.copy_((norm.weight.double() + offset) * s - offset)
     for linear in readers:
         _scale(linear, 1 / s)
 
