@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import modq
+from modq.errors import CheckpointError
 from modq.model import quantized_layers
 
 BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,6 +66,14 @@ def test_a_model_is_quantized_saved_loaded_and_trained(
             found = trained.get(f"{name}.base_layer.{key}", trained.get(f"{name}.{key}"))
             assert found is not None, f"{name}.{key}"
             assert torch.equal(found, tensor), f"{name}.{key}"
+
+
+@pytest.mark.parametrize("backend", sorted({backend for backend, _ in BACKENDS.values()}))
+def test_a_format_of_the_future_is_refused(backend: str) -> None:
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    qweight = modq.quantize(weight, backend, modq.Calibration(hessian=torch.eye(64), samples=64))
+    with pytest.raises(CheckpointError, match="format 2, expected 1"):
+        modq.dequantize(replace(qweight, format_version=2))
 
 
 def train(model: Any, steps: int = 6) -> list[float]:

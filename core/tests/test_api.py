@@ -1,10 +1,12 @@
 """The library functions: right results, and one clear line for what does not fit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import modq
-from modq.errors import BackendError, DtypeError, ShapeError, WeightError
+from modq.errors import BackendError, CheckpointError, DtypeError, ShapeError, WeightError
 
 
 def relative_error(exact, got):
@@ -117,3 +119,27 @@ def test_a_plugin_that_does_not_keep_its_description_is_named(monkeypatch, chang
         modq.quantize(torch.ones(2, 4), "toy-bare")
     modq.load.cache_clear()
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("use", ["dequantize", "matmul"])
+def test_a_weight_of_an_unknown_format_never_reaches_the_plugin(use):
+    known = modq.quantize(torch.ones(2, 4), "toy-bare")
+    newer = replace(known, format_version=2)
+    with pytest.raises(CheckpointError, match=r"'toy-bare' are of format 2, expected 1; use the \S+ that"):
+        modq.dequantize(newer) if use == "dequantize" else modq.matmul(torch.ones(3, 4), newer)
+
+
+def test_a_plugin_that_writes_a_format_that_it_does_not_declare_is_named(monkeypatch):
+    import modq_toys_hooks
+
+    whole = modq_toys_hooks.ToyBare.quantize
+
+    @modq.hookimpl
+    def quantize(self, weight):
+        return replace(whole(self, weight), format_version=2)
+
+    monkeypatch.setattr(modq_toys_hooks.ToyBare, "quantize", quantize)
+    modq.load.cache_clear()
+    with pytest.raises(BackendError, match="a weight of format 2, and its INFO knows"):
+        modq.quantize(torch.ones(2, 4), "toy-bare")
+    modq.load.cache_clear()

@@ -11,7 +11,7 @@ from torch import Tensor
 from modq.errors import BackendError, DtypeError, ShapeError, WeightError
 from modq.op import make_handle, multiply, stored, without_autocast
 from modq.options import build_options
-from modq.registry import describe_backend, load
+from modq.registry import check_format_version, describe_backend, load
 from modq.spec import Calibration, QuantizedWeight, TensorSpec
 
 __all__ = ["dequantize", "matmul", "quantize"]
@@ -82,6 +82,7 @@ def describe_weight(shape: tuple[int, int], backend: str, options: Any) -> Mappi
 
 def dequantize_slice(qweight: QuantizedWeight, dtype: torch.dtype, rows: slice, columns: slice) -> Tensor:
     """Return the dense Ŵ[rows, columns] in `dtype`."""
+    check_format_version(qweight.backend, qweight.format_version)
     device = next(iter(qweight.tensors.values())).device
     with torch.no_grad(), without_autocast(device):
         dense: Tensor = load(qweight.backend).dequantize(
@@ -132,6 +133,11 @@ def check_result(
         given = f"{qweight.backend!r} {tuple(qweight.shape)}"
         raise BackendError(
             f"backend {backend!r}: {hook}() gave a weight of {given}, expected {backend!r} {shape}"
+        )
+    if qweight.format_version not in (known := describe_backend(backend).format_versions):
+        version = qweight.format_version
+        raise BackendError(
+            f"backend {backend!r}: {hook}() gave a weight of format {version}, and its INFO knows {known}"
         )
     described = describe_weight(shape, backend, options)
     given_specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in qweight.tensors.items()}

@@ -25,7 +25,7 @@ import pluggy
 import torch
 from torch import Tensor
 
-from modq.registry import load
+from modq.registry import check_format_version, load
 from modq.spec import QuantizedWeight, TensorSpec
 
 _SCHEMA = "(Tensor x, Tensor[] tensors, str handle) -> Tensor"
@@ -103,6 +103,7 @@ class _Kind:
         self.meta: dict[str, Any] = content["meta"]
         self.dtypes = {name: getattr(torch, dtype) for name, dtype in sorted(content["dtypes"].items())}
         self.hooks: pluggy.HookRelay = load(self.backend)
+        check_format_version(self.backend, self.format_version)
 
     def qweight(self, tensors: Sequence[Tensor]) -> QuantizedWeight:
         named = {

@@ -16,7 +16,7 @@ from typing import Any
 
 import pluggy
 
-from modq.errors import BackendError
+from modq.errors import BackendError, CheckpointError
 from modq.spec import API_VERSION, PROJECT, REQUIRED_HOOKS, Quantizer, QuantizerInfo
 
 GROUP = "modq.quantizers"
@@ -102,6 +102,21 @@ def describe_backend(name: str) -> QuantizerInfo:
     info = find(name).info
     assert info is not None  # mypy only: Status.OK is given to no backend without one
     return info
+
+
+def check_format_version(name: str, version: int) -> None:
+    """Refuse a quantized weight that the backend of this name does not know how to read.
+
+    Raises:
+        CheckpointError: if so; it names the package that can.
+    """
+    known = describe_backend(name).format_versions
+    if version not in known:
+        expected = " or ".join(map(str, known))
+        raise CheckpointError(
+            f"weights of backend {name!r} are of format {version}, expected {expected}; "
+            f"use the {find(name).package} that wrote them"
+        )
 
 
 @cache

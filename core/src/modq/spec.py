@@ -76,6 +76,7 @@ class QuantizerInfo:
     api: tuple[int, int] = (1, 0)
     calibration: Literal["none", "optional", "hessian", "block"] = "none"
     multiple_of: tuple[int, int] = (1, 1)  # (out_features, in_features) must divide by these
+    format_versions: tuple[int, ...] = (1,)  # of QuantizedWeight; those that it reads, others never reach it
     formats: tuple[Format, ...] = ()
     providers: tuple[Provider, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")

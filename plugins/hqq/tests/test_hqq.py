@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import modq
-from modq.errors import CheckpointError, OptionError, WeightError
+from modq.errors import OptionError, WeightError
 from modq.layouts import Affine, unpack_bits
 from modq.spec import QuantizedWeight
 from modq_hqq import INFO
@@ -232,13 +232,6 @@ def test_a_weight_that_is_not_finite_is_refused(value: float) -> None:
 def test_options_that_do_not_exist_are_refused(given: dict, said: str) -> None:
     with pytest.raises(OptionError, match=said):
         modq.quantize(gaussian(4, 64), "hqq", **given)
-
-
-def test_a_format_of_the_future_is_refused() -> None:
-    qweight = hqq.quantize(gaussian(4, 64), Options())
-    later = QuantizedWeight("hqq", 2, qweight.shape, qweight.tensors, qweight.meta)
-    with pytest.raises(CheckpointError, match="format 2, expected 1"):
-        dense(later)
 
 
 def test_info_and_options_import_no_torch() -> None:

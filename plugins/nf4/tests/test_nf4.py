@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modq.errors import CheckpointError, WeightError
+from modq.errors import WeightError
 from modq.spec import QuantizedWeight
 from modq_nf4 import INFO, tables
 from modq_nf4.options import BLOCK_SIZES, Options
@@ -161,13 +161,6 @@ def test_every_power_of_two_from_32_to_4096_is_a_block_size(size: int) -> None:
 def test_options_that_do_not_exist_are_refused(given: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Options(**given)
-
-
-def test_a_format_of_the_future_is_refused() -> None:
-    qweight = nf4.quantize(gaussian(4, 64), Options())
-    later = QuantizedWeight("nf4", 2, qweight.shape, qweight.tensors, qweight.meta)
-    with pytest.raises(CheckpointError, match="format 2, expected 1"):
-        dense(later)
 
 
 def test_info_and_options_import_no_torch() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import modq
-from modq.errors import CheckpointError, WeightError
+from modq.errors import WeightError
 from modq.spec import Calibration, QuantizedWeight
 from modq_optq import INFO
 from modq_optq.hessian import inverse_factor
@@ -303,13 +303,6 @@ def test_no_hessian_is_refused_in_one_line():
 def test_options_that_do_not_exist_are_refused(given, said):
     with pytest.raises(ValueError, match=said):
         Options(**given)
-
-
-def test_a_format_of_the_future_is_refused():
-    qweight = quantized(gaussian(4, 64), hessian(64))
-    later = QuantizedWeight("optq", 2, qweight.shape, qweight.tensors, qweight.meta)
-    with pytest.raises(CheckpointError, match="format 2, expected 1"):
-        optq.dequantize(later, torch.float32, ALL, ALL)
 
 
 def test_info_and_options_import_no_torch():

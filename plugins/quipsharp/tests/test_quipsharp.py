@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import modq
-from modq.errors import CheckpointError, ModqError, OptionError, ShapeError, WeightError
+from modq.errors import ModqError, OptionError, ShapeError, WeightError
 from modq.materialize import BLOCK_ELEMENTS
 from modq.spec import Calibration, QuantizedWeight
 from modq_quipsharp import INFO
 from modq_quipsharp.options import Options
-from modq_quipsharp.quantizer import QuipSharp
 
 KINDS: list[dict[str, Any]] = [
     {"bits": 2},
@@ -258,12 +257,6 @@ def test_inputs_that_are_always_zero_mean_no_calibration() -> None:
     weight = gaussian(8, 16)
     plain, dead = (modq.quantize(weight, "quipsharp", c) for c in (None, Calibration(torch.zeros(16, 16))))
     assert torch.equal(plain.tensors["codes"], dead.tensors["codes"])
-
-
-def test_a_format_of_the_future_is_refused() -> None:
-    qweight = modq.quantize(gaussian(4, 64), "quipsharp")
-    with pytest.raises(CheckpointError, match="format 2, expected 1"):
-        QuipSharp().dequantize(replace(qweight, format_version=2), torch.float32, slice(0, 4), slice(0, 64))
 
 
 def test_info_and_options_import_no_torch() -> None:

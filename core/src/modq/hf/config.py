@@ -15,7 +15,7 @@ from modq.linear import QuantLinear
 from modq.model import Recipe, Scheme
 from modq.op import handle_content
 from modq.options import build_options, options_to_json
-from modq.registry import KNOWN_PACKAGES, Status, find, list_backends
+from modq.registry import KNOWN_PACKAGES, Status, check_format_version, find, list_backends
 from modq.spec import JSON
 
 SCHEMA = 1
@@ -198,13 +198,15 @@ def read_modules(resolved: Mapping[str, JSON]) -> dict[str, tuple[Scheme, int, M
 
     Raises:
         BackendError: if a scheme's backend is not installed or not usable; it names the package recorded.
-        CheckpointError: if the record is incomplete.
+        CheckpointError: if the record is incomplete, or of a format that the backend does not read.
     """
     try:
         schemes = [
             (Scheme(_usable(record), _options(record)), record["format_version"], record["meta"])
             for record in resolved["schemes"]
         ]
+        for scheme, format_version, _ in schemes:
+            check_format_version(scheme.backend, format_version)
         return {name: schemes[number] for name, number in resolved["modules"].items()}
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise CheckpointError(

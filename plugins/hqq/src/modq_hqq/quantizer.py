@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modq.errors import CheckpointError
 from modq.layouts import Affine
 from modq.spec import JSON, ImportedLayer, QuantizedWeight, TensorSpec, hookimpl
 from modq_hqq import checkpoint
@@ -86,11 +85,6 @@ def _packed(
 
 
 def _layout_of(qweight: QuantizedWeight) -> Affine | Grouped:
-    if qweight.format_version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"an hqq weight of format {qweight.format_version}, expected {FORMAT_VERSION}; "
-            "use the modq-hqq that wrote it"
-        )
     return _layout(qweight.shape, Options(**qweight.meta))
 
 

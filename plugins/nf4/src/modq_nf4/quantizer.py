@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modq.errors import CheckpointError
 from modq.layouts import Codebook, NestedScales
 from modq.spec import ImportedLayer, QuantizedWeight, TensorSpec, hookimpl
 from modq_nf4 import bitsandbytes
@@ -62,11 +61,6 @@ class NF4:
 
 
 def _layout_of(qweight: QuantizedWeight) -> Codebook:
-    if qweight.format_version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"an nf4 weight of format {qweight.format_version}, expected {FORMAT_VERSION}; "
-            "use the modq-nf4 that wrote it"
-        )
     return _layout(qweight.shape, Options(**qweight.meta))
 
 

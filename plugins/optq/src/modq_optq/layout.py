@@ -7,7 +7,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from modq.errors import CheckpointError
 from modq.layouts import Affine
 from modq.layouts.affine import Zeros
 from modq.spec import JSON, QuantizedWeight
@@ -23,11 +22,6 @@ def layout_of(shape: tuple[int, int], options: Options) -> Affine:
 
 def layout_in(qweight: QuantizedWeight) -> Affine:
     """Return the layout of a quantized weight."""
-    if qweight.format_version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"an optq weight of format {qweight.format_version}, expected {FORMAT_VERSION}; "
-            "use the modq-optq that wrote it"
-        )
     return _layout(qweight.shape, **qweight.meta)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from modq.errors import CheckpointError, OptionError, WeightError
+from modq.errors import OptionError, WeightError
 from modq.spec import (
     JSON,
     BlockCalibration,
@@ -83,11 +83,6 @@ class QuipSharp:
 
 
 def _layout(qweight: QuantizedWeight) -> Rotated:
-    if qweight.format_version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"a quipsharp weight of format {qweight.format_version}, expected {FORMAT_VERSION}; "
-            "use the modq-quipsharp that wrote it"
-        )
     meta = dict(qweight.meta)
     return Rotated(qweight.shape, **{**meta, "part_of": tuple(meta["part_of"])})
 
