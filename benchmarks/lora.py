@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import get_linear_schedule_with_warmup
 
 from modq.demo.texts import split_speeches, token_windows
 from modq.train.models import load_tokenizer
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """By name: PEFT's "all-linear" does not see the layers of hqq and gptqmodel."""
+
+WARM_UP = 0.1
+"""The share of the steps over which the rate rises to what is given; then it falls to zero, linearly."""
 
 
 def training_windows(model: Path, count: int, tokens: int) -> Tensor:
@@ -44,7 +48,7 @@ class Steps:
 
 
 def train(
-    model: Any, batches: Iterable[Any], loss_of: Callable[[Any, Any], Tensor], learning_rate: float
+    model: Any, batches: Sequence[Any], loss_of: Callable[[Any, Any], Tensor], learning_rate: float
 ) -> Steps:
     """Train the adapter, one step of AdamW a batch.
 
@@ -52,16 +56,19 @@ def train(
         model: what `add_lora` returned.
         batches: anything that `loss_of` takes.
         loss_of: (model, batch) -> the loss.
-        learning_rate: constant.
+        learning_rate: the highest, reached after WARM_UP.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    warm_up = round(WARM_UP * len(batches))
+    schedule = get_linear_schedule_with_warmup(optimizer, warm_up, len(batches))
     steps = Steps()
     for batch in batches:
         started = time.perf_counter()
         loss = loss_of(model, batch)
         loss.backward()
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         steps.losses.append(loss.item())
         steps.seconds.append(time.perf_counter() - started)

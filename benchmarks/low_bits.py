@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=512, help="tokens a step (default: 512)")
     parser.add_argument("--steps", type=int, default=39, help="steps (default: 39, 20k tokens)")
     parser.add_argument("--windows", type=int, default=32, help="windows to score (default: 32)")
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="constant (default: 2e-4)")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="the highest (default: 2e-4)")
 
 
 def run(given: argparse.Namespace, model: Path, work: Path, say: Say) -> list[Runs]:

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--low-bits", action="store_true", help="also bases of 2 to 8 bits, see `quality`")
     parser.add_argument("--batch-size", type=int, default=4, help="examples a step (default: 4)")
     parser.add_argument(
-        "--learning-rate", type=float, default=1e-3, help="of AdamW, constant (default: 1e-3)"
+        "--learning-rate", type=float, default=1e-3, help="of AdamW, the highest (default: 1e-3)"
     )
 
 

@@ -13,7 +13,6 @@ True-sequential costs partial passes over the block, each ended where its group 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -126,7 +125,6 @@ def quantize_blocks(
                 outputs.put(number, replay.run(block, number))
             store.save(block)
             replay.outputs[block.stack] = outputs
-            gc.collect()  # hooks and tracebacks hold modules in cycles, each with a block's dense weights
 
 
 def _quantize_block(

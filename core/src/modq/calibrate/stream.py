@@ -14,13 +14,15 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate.hooks import remove_hook_from_module
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -60,22 +62,29 @@ class Source:
         self.plan = inside_blocks(wanted, self.blocks)
         self.left_dense = sorted(wanted.keys() - self.plan.keys())
         self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        self.model = cls.from_pretrained(
-            source,
-            dtype=dtype,
-            device_map=_device_map(empty, self.blocks, str(self.device)),
-            offload_folder=offload,
-        ).eval()
-        self._weights = _weights_on_disk(self.model)
-        self._on_disk = frozenset(self._weights)
+        with _transformers_maps_no_file():
+            self.model = cls.from_pretrained(
+                source,
+                dtype=dtype,
+                device_map=_device_map(empty, self.blocks, str(self.device)),
+                offload_folder=offload,
+            ).eval()
+        self._places = _places_on_disk(self.model)
         remove_hook_from_module(self.model, recurse=True)
+        for module in self.model.modules():
+            # The hooks leave each module a bound method of its own: a cycle, in which the weights of a linear
+            # that is quantized would wait for the collector.
+            vars(module).pop("forward", None)
 
     def load(self, block: Block) -> None:
         """Read a block's tensors."""
         module = self.model.get_submodule(block.name)
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if tensor.is_meta and block.prefix + name in self._on_disk:
-                value = self._weights[block.prefix + name].to(self.device, copy=True)  # not a mapped file
+            if tensor.is_meta and block.prefix + name in self._places:
+                place = self._places[block.prefix + name]
+                with _open(place["safetensors_file"], framework="pt") as file:
+                    value = file.get_tensor(place["weight_name"])
+                value = value.to(self.device, getattr(torch, place["dtype"]))
                 _set(module, name, value, isinstance(tensor, nn.Parameter))
 
     def drop(self, block: Block) -> None:
@@ -239,13 +248,34 @@ def _device_map(model: nn.Module, blocks: Sequence[Block], device: str) -> dict[
     return map
 
 
-def _weights_on_disk(model: nn.Module) -> Mapping[str, Tensor]:
-    """Return what accelerate reads offloaded tensors from, by parameter name."""
+def _places_on_disk(model: nn.Module) -> Mapping[str, Mapping[str, str]]:
+    """Return where transformers left each tensor of the blocks: safetensors_file, weight_name and dtype."""
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         if (weights := getattr(hook, "weights_map", None)) is not None:
-            return weights.dataset  # type: ignore[no-any-return]  # a Mapping; accelerate ships no types
+            return weights.dataset.index  # type: ignore[no-any-return]  # accelerate ships no types
     raise CheckpointError("transformers left no weight on the disk to be read block by block")
+
+
+def _open(path: str, **options: Any) -> Any:
+    """Open a safetensors file that is read, not mapped.
+
+    A mapping is private and writable, so a limit of the data memory counts the whole file.
+    """
+    return safe_open(path, **{**options, "backend": "pread"})
+
+
+@contextmanager
+def _transformers_maps_no_file() -> Iterator[None]:
+    """Have from_pretrained, which opens all files of a checkpoint at once, open them so."""
+    modules = (transformers.modeling_utils, transformers.integrations.accelerate)
+    for module in modules:
+        module.safe_open = _open
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.safe_open = safe_open
 
 
 def _set(module: nn.Module, name: str, value: Tensor, is_parameter: bool) -> None:
