@@ -109,7 +109,7 @@ class TestListBackends:
         (tmp_path / "modq_loud.py").write_text("print('hello')\nraise RuntimeError('no such\\nluck')\n")
         monkeypatch.syspath_prepend(tmp_path)
         result = run("list-backends", "--strict")
-        assert result.exit_code == 1
+        assert result.exit_code == 1, result.stdout
         assert "loud: RuntimeError: no such luck" in result.stdout.splitlines()
         assert any(line.split()[:2] == ["nf4", "ok"] for line in result.stdout.splitlines())
         statuses = {

@@ -39,7 +39,7 @@ FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 WORD = re.compile(r'\s+(\w+)="([^"]*)"')
 LANGUAGES = {"python", "bash", "text", "toml", "json", "yaml"}
 WORDS = {"title", "fails", "notest"}
-MOST_UNTESTED = 3
+MOST_UNTESTED = 4
 
 SITE = "installed"
 """Where a page's `pip install ./folder` goes."""
@@ -137,7 +137,7 @@ def run_line(line: str) -> int:
     if words[0] == "make":
         words = ["make", "-C", str(ROOT), "--dry-run", *words[1:]]
     elif words[:2] == ["pip", "install"]:
-        return sum(install(word) for word in words[2:])
+        return sum(install(word.partition("[")[0]) for word in words[2:] if word != "-e")
     else:
         words = ["bash", "-c", line]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=200)
@@ -157,7 +157,7 @@ def call_modq(arguments: list[str]) -> int:
 
 def install(word: str) -> int:
     """Install a package that the page has written; of the repository's own see that they are there."""
-    if (ROOT / word.partition("[")[0] / "pyproject.toml").is_file():
+    if (ROOT / word / "pyproject.toml").is_file():
         return 0
     pip = [
         sys.executable,
@@ -273,7 +273,8 @@ def test_every_environment_variable_is_explained() -> None:
 def test_every_hook_is_listed_with_its_signature_and_whether_it_is_called() -> None:
     from modq.spec import REQUIRED_HOOKS, Quantizer
 
-    core = "".join(path.read_text("utf-8") for path in ROOT.glob("core/src/modq/**/*.py"))
+    sources = {*ROOT.glob("core/src/modq/**/*.py")} - {*ROOT.glob("core/src/modq/testing/**/*.py")}
+    core = "".join(path.read_text("utf-8") for path in sources)
     page = PAGES["docs/plugins.md"].read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `(\w+\([\w, ]*\))` \| (required|optional|not called yet) \|", page, re.M))
     expected = {}

@@ -389,6 +389,7 @@ def test_a_stopped_run_resumes_to_every_bit(
     assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.slow  # two minutes; tests/test_processes.py has it in short, by the Trainer
 def test_a_run_whose_worker_is_killed_resumes_to_every_bit(job: tuple[object, ...], tmp_path: Path) -> None:
     through, killed = tmp_path / "through", tmp_path / "killed"
     process = start(job, through, 2)

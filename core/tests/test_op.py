@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import modq
+from modq.errors import DtypeError, ShapeError
 from modq.op import make_handle, stored, stored_specs, unstored
 
 # torch's own functorch warns of its internals under inductor; nothing of ours is meant
@@ -104,6 +105,41 @@ def test_forty_layers_of_two_shapes_compile_to_two_graphs():
         q.compile(fullgraph=True, backend=count)
         q(torch.ones(5, q.in_features))
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "said"),
+    [
+        (torch.ones(5, 60, dtype=torch.int64), DtypeError, "x is torch.int64, expected a float dtype"),
+        (torch.ones(5, 61), ShapeError, r"x has shape \(5, 61\), expected \(..., 60\)"),
+        (torch.ones(()), ShapeError, r"x has shape \(\), expected \(..., 60\)"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_refused(kind, x, error, said):
+    with pytest.raises(error, match=said):
+        layer(kind)(x)
+
+
+@pytest.mark.parametrize("leading", [(0,), (2, 0)])
+def test_an_input_without_rows_never_reaches_the_backend(kind, leading, monkeypatch):
+    q = layer(kind)
+    monkeypatch.setattr("modq.op._resolve", None)
+    y = q(torch.ones(*leading, 60, dtype=torch.bfloat16))
+    assert (tuple(y.shape), y.dtype) == ((*leading, 62), torch.bfloat16)
+
+
+def test_integers_that_no_collective_takes_are_held_as_bytes():
+    tensors = {"codes": torch.arange(-3, 5, dtype=torch.int16).view(2, 4), "index": torch.arange(3)}
+    held = stored(tensors)
+    assert {name: tensor.dtype for name, tensor in held.items()} == {
+        "codes": torch.uint8,
+        "index": torch.int64,
+    }
+    specs = {name: modq.TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    assert {n: modq.TensorSpec(tuple(t.shape), t.dtype) for n, t in held.items()} == stored_specs(specs)
+    qweight = modq.QuantizedWeight("toy-bare", 1, (2, 4), tensors)
+    again = unstored(list(held.values()), make_handle(qweight))
+    assert torch.equal(again.tensors["codes"], tensors["codes"])
 
 
 def test_opcheck(kind):

@@ -417,3 +417,25 @@ for backend in backends:
 assert "torch" not in sys.modules
 assert "numpy" not in sys.modules
 """)
+
+
+OP = """
+@torch.library.custom_op("fake_modq::{op}", mutates_args=())
+def _op(x: torch.Tensor) -> torch.Tensor:
+    return x + {value}
+"""
+
+
+def test_a_custom_op_that_is_taken_is_refused_both_are_named_and_the_first_keeps_working(
+    declare: Declare,
+) -> None:
+    declare("first", hooks=HOOKS + OP.format(op="shared", value=1))
+    declare("second", hooks=HOOKS + OP.format(op="shared", value=2))
+    declare("third", hooks=HOOKS + OP.format(op="its_own", value=3))
+    load("first")
+    with pytest.raises(BackendError, match=r"'second'.*'fake_modq::shared'.*taken by backend 'first'"):
+        load("second")
+    assert listed("second", check=True).status is Status.BROKEN
+    assert float(torch.ops.fake_modq.shared(torch.zeros(()))) == 1
+    assert_works("first")
+    load("third")

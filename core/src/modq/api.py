@@ -51,12 +51,6 @@ def matmul(x: Tensor, qweight: QuantizedWeight, transpose: bool = False) -> Tens
     Raises:
         ShapeError, DtypeError: if `x` does not fit.
     """
-    expected = qweight.shape[0 if transpose else 1]
-    if x.dim() == 0 or x.shape[-1] != expected:
-        side = "out_features" if transpose else "in_features"
-        raise ShapeError(f"x has shape {tuple(x.shape)}, expected (..., {expected}): the weight's {side}")
-    if not x.is_floating_point():
-        raise DtypeError(f"x is {x.dtype}, expected a float dtype; cast it first")
     return multiply(x, list(stored(qweight.tensors).values()), make_handle(qweight), transpose)
 
 

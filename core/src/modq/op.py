@@ -25,8 +25,13 @@ import pluggy
 import torch
 from torch import Tensor
 
+from modq.errors import DtypeError, ShapeError
 from modq.registry import check_format_version, load
 from modq.spec import QuantizedWeight, TensorSpec
+
+_HELD = (torch.uint8, torch.int8, torch.int32, torch.int64)
+"""What packed tensors may be held in. Floats would follow dtype moves; other integers no collective of gloo
+or NCCL takes, so a model that holds them trains in one process only."""
 
 _SCHEMA = "(Tensor x, Tensor[] tensors, str handle) -> Tensor"
 
@@ -42,6 +47,9 @@ def multiply(x: Tensor, tensors: Sequence[Tensor], handle: str, transpose: bool 
 
     Returns:
         (..., out), or (..., in) if `transpose`; in the dtype of `x`, or in autocast's.
+
+    Raises:
+        ShapeError, DtypeError: if `x` does not fit.
     """
     x = _autocast(x)
     product: Tensor = (_linear_backward if transpose else _linear)(x, list(tensors), handle)
@@ -69,10 +77,10 @@ def handle_content(handle: str) -> dict[str, Any]:
 def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors as a module holds them: by name, floats as uint8 views of their bytes.
 
-    No `.to(dtype)`, kbit-preparation or mixed precision then changes a scale.
+    No `.to(dtype)`, kbit-preparation or mixed precision then changes a scale. See _HELD.
     """
     return {
-        name: tensor.contiguous().view(torch.uint8) if tensor.is_floating_point() else tensor.contiguous()
+        name: tensor.contiguous() if tensor.dtype in _HELD else tensor.contiguous().view(torch.uint8)
         for name, tensor in sorted(tensors.items())
     }
 
@@ -80,9 +88,9 @@ def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def stored_specs(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """Return the shapes and dtypes that `stored` gives for tensors of these."""
     return {
-        name: TensorSpec((*spec.shape[:-1], spec.shape[-1] * spec.dtype.itemsize), torch.uint8)
-        if spec.dtype.is_floating_point
-        else spec
+        name: spec
+        if spec.dtype in _HELD
+        else TensorSpec((*spec.shape[:-1], spec.shape[-1] * spec.dtype.itemsize), torch.uint8)
         for name, spec in sorted(specs.items())
     }
 
@@ -143,7 +151,22 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
+def _width(x: Tensor, handle: str, transpose: bool) -> int:
+    """Return how wide the product is, or refuse an `x` that does not fit."""
+    out_features, in_features = _shape(handle)
+    depth, width = (out_features, in_features) if transpose else (in_features, out_features)
+    if x.dim() == 0 or x.shape[-1] != depth:
+        side = "out_features" if transpose else "in_features"
+        raise ShapeError(f"x has shape {tuple(x.shape)}, expected (..., {depth}): the weight's {side}")
+    if not x.is_floating_point():
+        raise DtypeError(f"x is {x.dtype}, expected a float dtype; cast it first")
+    return width
+
+
 def _product(x: Tensor, tensors: list[Tensor], handle: str, transpose: bool) -> Tensor:
+    width = _width(x, handle, transpose)
+    if not x.numel():  # an expert that no token came to; not all kernels take it
+        return x.new_empty((*x.shape[:-1], width))
     kind = _resolve(handle)
     with without_autocast(x.device):
         y: Tensor = kind.hooks.matmul(x=x, qweight=kind.qweight(tensors), transpose=transpose)
@@ -169,12 +192,12 @@ def _linear_backward(x: Tensor, tensors: list[Tensor], handle: str) -> Tensor:
 
 @_linear.register_fake
 def _(x: Tensor, tensors: list[Tensor], handle: str) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _shape(handle)[0]))
+    return x.new_empty((*x.shape[:-1], _width(x, handle, transpose=False)))
 
 
 @_linear_backward.register_fake
 def _(x: Tensor, tensors: list[Tensor], handle: str) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _shape(handle)[1]))
+    return x.new_empty((*x.shape[:-1], _width(x, handle, transpose=True)))
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, list[Tensor], str], output: Tensor) -> None:

@@ -225,7 +225,8 @@ def _load_plugin(name: str, info: QuantizerInfo) -> tuple[pluggy.PluginManager, 
 
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(Quantizer)
-    cls = _import_object(info.implementation)
+    with _no_custom_op_is_replaced(name):
+        cls = _import_object(info.implementation)
     with _blaming(f"{info.implementation}() raises"):
         plugin = cls()
     with _blaming("it cannot be registered:"):
@@ -235,6 +236,31 @@ def _load_plugin(name: str, info: QuantizerInfo) -> tuple[pluggy.PluginManager, 
         environment: str | None = manager.hook.check_environment()
     manager.register(Fallback(manager.hook), name="modq-fallback")
     return manager, environment
+
+
+_owners: dict[str, str] = {}  # of custom ops: which backend's import registered them
+
+
+@contextmanager
+def _no_custom_op_is_replaced(backend: str) -> Iterator[None]:
+    """Refuse a custom op whose name is taken: torch would replace the other one without a word."""
+    import torch  # the implementation is about to
+
+    register = torch.library.custom_op
+
+    def guarded(name: str, *arguments: Any, **options: Any) -> Any:
+        namespace, _, op = name.partition("::")
+        if hasattr(getattr(torch.ops, namespace), op):
+            owner = f"backend {_owners[name]!r}" if name in _owners else "another package"
+            raise BackendError(f"custom op {name!r} of backend {backend!r} is taken by {owner}; rename one")
+        _owners[name] = backend
+        return register(name, *arguments, **options)
+
+    torch.library.custom_op = guarded
+    try:
+        yield
+    finally:
+        torch.library.custom_op = register
 
 
 def _import_object(path: str) -> Any:

@@ -20,6 +20,9 @@ COMMANDS = {
     "eval": "modq.cli.eval",
     "generate": "modq.cli.generate",
     "inspect": "modq.cli.inspect",
+    "check": "modq.cli.check",
+    "new-plugin": "modq.cli.new_plugin",
+    "doctor": "modq.cli.doctor",
     "completion": "modq.cli.completion",
 }
 

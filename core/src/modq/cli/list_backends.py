@@ -22,11 +22,16 @@ HEADER = ("NAME", "STATUS", "BITS", "CALIBRATION", "PACKAGE", "SUMMARY")
 
 @click.command("list-backends")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--strict", is_flag=True, help="Load each backend too, and exit 1 if any is not ok.")
-def command(as_json: bool, strict: bool) -> None:
-    """List the quantizers that are installed."""
+@click.option("--check", is_flag=True, help="Load each backend too: finds what cannot be seen from outside.")
+@click.option("--strict", is_flag=True, help="As --check, and exit 1 if any is not ok.")
+def command(as_json: bool, check: bool, strict: bool) -> None:
+    """List the quantizers that are installed, and whether each can be used.
+
+    Without --check no backend is loaded, so one that needs a missing library, or breaks the plugin contract,
+    may be listed as ok. `modq check NAME` looks further: at what a backend computes.
+    """
     with contextlib.redirect_stdout(sys.stderr):  # a plugin that prints at import would break the document
-        backends = list_backends(check=strict)
+        backends = list_backends(check=check or strict)
     click.echo(json.dumps(_document(backends), indent=2) if as_json else _table(backends))
     if strict and any(backend.status is not Status.OK for backend in backends):
         click.get_current_context().exit(1)

@@ -32,9 +32,7 @@ layers_option = click.option(
 )
 
 
-def _complete_backend(
-    ctx: click.Context, parameter: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
+def complete_backend(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Name the usable backends that begin so; no torch is imported for that."""
     return [
         CompletionItem(backend.name, help=backend.info.summary if backend.info else None)
@@ -49,7 +47,7 @@ def backend_options(*, required: bool) -> Decorator:
         click.option(
             "--backend",
             required=required,
-            shell_complete=_complete_backend,
+            shell_complete=complete_backend,
             help="The quantizer; `modq list-backends` names them.",
         ),
         click.option("--bits", type=int, help="Short for the backend's own option."),

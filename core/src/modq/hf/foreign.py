@@ -334,6 +334,15 @@ def _claim(stored_config: Any, given: object) -> ModqConfig | None:
     return None
 
 
+def _supporting(supports: Callable[..., bool]) -> Callable[..., bool]:
+    def wrapped(quantization_config: Any) -> bool:
+        """Know the methods that plugins know: of others transformers would load random linears."""
+        known = isinstance(quantization_config, Mapping) and find_format(quantization_config) is not None
+        return known or supports(quantization_config)
+
+    return wrapped
+
+
 def _merging(merge: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(cls: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
         claimed = _claim(quantization_config, quantization_config_from_args)
@@ -357,6 +366,7 @@ def _choosing(choose: Callable[..., Any]) -> Callable[..., Any]:
 
 def wrap_choice() -> None:
     """Let modq claim checkpoints where transformers chooses the quantizer; once."""
+    wrap(auto.AutoHfQuantizer, "supports_quant_method", _supporting)
     wrap(auto.AutoHfQuantizer, "merge_quantization_configs", _merging)
     wrap(auto, "get_hf_quantizer", _choosing)
     if modeling := sys.modules.get("transformers.modeling_utils"):  # imported first: it has a name of its own

@@ -15,8 +15,9 @@ def wrap(owner: Any, name: str, wrapper: Callable[[Any], Callable[..., Any]]) ->
     What is wrapped already, or is not there, stays as it is.
     """
     found = vars(owner).get(name)
-    function = found.__func__ if isinstance(found, classmethod) else found
+    kind = type(found) if isinstance(found, classmethod | staticmethod) else None
+    function = found.__func__ if kind else found
     if function is not None and not hasattr(function, _MARK):
         wrapped = wraps(function)(wrapper(function))
         setattr(wrapped, _MARK, True)
-        setattr(owner, name, classmethod(wrapped) if isinstance(found, classmethod) else wrapped)
+        setattr(owner, name, kind(wrapped) if kind else wrapped)

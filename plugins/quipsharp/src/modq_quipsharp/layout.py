@@ -114,7 +114,7 @@ class Rotated:
         y = last.apply(y)
         if not transpose and self.part_of:
             y = y[:, self.own]
-        return (y * after).to(x.dtype).reshape(*x.shape[:-1], -1)
+        return (y * after).to(x.dtype).reshape(*x.shape[:-1], after.shape[-1])
 
     def dequantize(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice
