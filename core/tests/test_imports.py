@@ -46,3 +46,8 @@ def test_every_lazy_name_is_public() -> None:
 def test_an_unknown_name_is_an_ordinary_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'modq' has no attribute 'quantise'"):
         modq.quantise  # noqa: B018  # the access is the test
+
+
+def test_what_every_session_of_pytest_loads_of_modq_is_next_to_nothing() -> None:
+    code = "import sys, modq.testing.pytest_plugin; print(*{'torch', 'pytest'} & set(sys.modules))"
+    assert run(code).split() == []
