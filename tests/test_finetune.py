@@ -362,7 +362,14 @@ def through(job: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -
     return output
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGINT], [signal.SIGTERM, signal.SIGINT]])
+@pytest.mark.parametrize(
+    "signals",
+    [
+        [signal.SIGKILL],
+        pytest.param([signal.SIGINT], marks=pytest.mark.slow),  # the next one ends with it
+        [signal.SIGTERM, signal.SIGINT],
+    ],
+)
 def test_a_stopped_run_resumes_to_every_bit(
     signals: list[int], job: tuple[object, ...], through: Path, tmp_path: Path
 ) -> None:
