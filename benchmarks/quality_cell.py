@@ -37,17 +37,16 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare(settings: dict[str, Any]) -> dict[str, Any]:
-    """Write the checkpoint unless an earlier run left it; its facts are kept beside its files."""
+    """Write the checkpoint unless an earlier run left it; its peak memory is kept beside its files."""
     folder = Path(settings["checkpoint"])
     if not (folder / FACTS).is_file():
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        started = time.perf_counter()
         model = Path(settings["model"])
         windows = calibration_windows(model, settings["calibration_windows"])
         SYSTEMS[settings["system"]].prepare(model, unfinished, windows)
-        facts = {"prepare_seconds": time.perf_counter() - started, "prepare_peak_bytes": peak_rss()}
+        facts = {"prepare_peak_bytes": peak_rss()}  # the suite `layers` has the time
         (unfinished / FACTS).write_text(json.dumps(facts), encoding="utf-8")
         unfinished.replace(folder)
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))

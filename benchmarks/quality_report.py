@@ -74,28 +74,18 @@ def render(results: Mapping[str, Any]) -> str:
     """Render the whole report in Markdown."""
     runs = from_results(results["cells"])
     found = scored(runs)
-    made = {
-        each.cell.settings["system"]: each.rounds[0]
-        for each in runs
-        if each.cell.settings["job"] == "prepare"
-    }
     settings = {each.cell.settings["system"]: each.cell.settings for each in runs}
     kind = next(iter(found.values()))["kind"] if found else "nll"
     measure = "perplexity" if kind == "nll" else "embedding error, %"
     windows = len(next(iter(found.values()))["scores"]) if found else 0
     rows = [
-        [
-            f"{name} ({settings[name]['setting']})",
-            _bits(name, figures),
-            _shown(figures),
-            _prepared(name, made.get(name)),
-        ]
+        [f"{name} ({settings[name]['setting']})", _bits(name, figures), _shown(figures)]
         for name, figures in found.items()
     ]
     parts = [
         f"{windows} windows of {runs[-1].cell.settings['tokens']} tokens; ± one standard error. "
         f"Calibrated on {runs[-1].cell.settings['calibration_windows']} windows of 512 tokens.",
-        table(["system", "bits a weight", measure, "made in, s"], rows),
+        table(["system", "bits a weight", measure], rows),
         _sentences(comparisons(runs), measure),
         "\n".join(f"- not run: {each.cell.name}: {each.not_run}" for each in runs if each.not_run),
     ]
@@ -112,10 +102,6 @@ def _shown(figures: Mapping[str, Any]) -> str:
     if figures["kind"] == "nll":
         return f"{math.exp(mean):.4g} ± {math.exp(mean) * spread:.2g}"
     return f"{100 * mean:.3g} ± {100 * spread:.2g}"
-
-
-def _prepared(name: str, figures: Mapping[str, Any] | None) -> str:
-    return "-" if figures is None or name == "dense" else f"{figures['prepare_seconds']:.0f}"
 
 
 def _sentences(found: Sequence[Comparison], measure: str) -> str:
