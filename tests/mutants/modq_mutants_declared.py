@@ -24,17 +24,17 @@ class FewerBitsDeclared(Sound):
     """INFO promises 3 bits; 4 and the scales are stored."""
 
 
-@caught_by("declared_error_is_the_measured_one")
+@caught_by("declared_error_is_the_measured_one", r"expected at most the 0.05")
 class LessErrorDeclared(Sound):
     """INFO promises a smaller error than there is."""
 
 
-@caught_by("declared_error_is_the_measured_one")
+@caught_by("declared_error_is_the_measured_one", r"is 0.3, expected at most 1.5 times")
 class SlackErrorDeclared(Sound):
     """INFO promises so little that a much worse quantizer would pass."""
 
 
-@caught_by("describe_is_what_quantize_returns")
+@caught_by("describe_is_what_quantize_returns", r"disagree on codes")
 class MultipleUndeclared(Sound):
     """It can only pack even columns and does not say so."""
 
@@ -42,7 +42,7 @@ class MultipleUndeclared(Sound):
         return codes[:, ::2] | codes[:, 1::2] << 4
 
 
-@caught_by("describe_is_what_quantize_returns")
+@caught_by("describe_is_what_quantize_returns", r"disagree on scales")
 class DescribesOtherDtype(Sound):
     """The scales are described in float32 and stored in float16."""
 
@@ -52,7 +52,7 @@ class DescribesOtherDtype(Sound):
         return {**specs, "scales": TensorSpec(specs["scales"].shape, torch.float32)}
 
 
-@caught_by("describe_is_what_quantize_returns")
+@caught_by("describe_is_what_quantize_returns", r"disagree on scales")
 class DescribesWholeGroupsOnly(Sound):
     """The last, shorter group is forgotten in describe()."""
 
@@ -83,7 +83,7 @@ class TupleInMeta(Sound):
         return {**super().meta(options), "range": (0, TOP)}
 
 
-@caught_by("describe_is_what_quantize_returns")
+@caught_by("describe_is_what_quantize_returns", r"largest has no dimension")
 class ScalarTensor(Sound):
     """A number of the layer is a tensor without a dimension, which FSDP2 cannot shard."""
 
@@ -104,7 +104,7 @@ class OptionErrorsOfItsOwn(Sound):
     """A value that does not fit raises a KeyError out of a table."""
 
 
-@caught_by("declared_error_is_the_measured_one")
+@caught_by("declared_error_is_the_measured_one", r"relative error of Ŵ")
 class IndexInAByte(Sound):
     """The group of a column is computed in int8: right up to 127 columns."""
 
@@ -114,7 +114,7 @@ class IndexInAByte(Sound):
         return (codes.float() - zeros[:, group].float()) * scales[:, group].float()
 
 
-@caught_by("layers_survive_their_foreign_formats")
+@caught_by("layers_survive_their_foreign_formats", r"Ŵ after sound-file")
 class ExportsZerosLessOne(Sound):
     """The zeros are written less one, and read as they stand."""
 

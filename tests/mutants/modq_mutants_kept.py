@@ -13,7 +13,7 @@ from torch import Tensor
 from modq import Calibration, QuantizedWeight, TensorSpec, hookimpl
 
 
-@caught_by("inputs_stay_untouched")
+@caught_by("inputs_stay_untouched", r"the weight given to quantize")
 class ClampsTheWeight(Sound):
     """It clips outliers in the weight that it was given."""
 
@@ -21,7 +21,7 @@ class ClampsTheWeight(Sound):
         return super().codes(exact.clamp_(-2.0, 2.0), scales, zeros, size)
 
 
-@caught_by("inputs_stay_untouched")
+@caught_by("inputs_stay_untouched", r"x given to matmul")
 class ScalesTheInputInPlace(Sound):
     """matmul() scales x in place and forgets to scale it back."""
 
@@ -32,7 +32,7 @@ class ScalesTheInputInPlace(Sound):
         return y
 
 
-@caught_by("chance_stays_untouched")
+@caught_by("chance_stays_untouched", r"global random generator was moved")
 class SeedsTheWorld(Sound):
     """It seeds the global generator to be deterministic."""
 
@@ -42,7 +42,7 @@ class SeedsTheWorld(Sound):
         return super().quantize(weight, options, calibration)
 
 
-@caught_by("chance_stays_untouched")
+@caught_by("chance_stays_untouched", r"global random generator was moved")
 class RoundsAtRandom(Sound):
     """Stochastic rounding, from the global generator."""
 
@@ -64,7 +64,7 @@ class RemembersItsScales(Sound):
         return (0.9 * scales.float() + 0.1 * self.mean).half(), zeros
 
 
-@caught_by("the_same_input_gives_the_same_bits")
+@caught_by("the_same_input_gives_the_same_bits", r"tensors were overwritten in place")
 class CachesTheDenseWeight(Sound):
     """The dense weight is kept by the address of the codes: stale after a checkpoint is loaded into them."""
 
@@ -144,7 +144,7 @@ class SharesMemory(Sound):
         return {**specs, "twins": TensorSpec((2 * math.prod(specs["zeros"].shape),), torch.uint8)}
 
 
-@caught_by("restore_undoes_prepare")
+@caught_by("restore_undoes_prepare", r"restore")
 class RestoresInAnotherOrder(Sound):
     """restore() reshapes where prepare() transposed."""
 
@@ -155,7 +155,7 @@ class RestoresInAnotherOrder(Sound):
         return QuantizedWeight(right.backend, 1, right.shape, tensors, right.meta)
 
 
-@caught_by("restore_undoes_prepare")
+@caught_by("restore_undoes_prepare", r"restore")
 class StalePreparedCopy(Sound):
     """prepare() keeps its result by shape: the second layer of a shape gets the first one's."""
 
@@ -167,7 +167,7 @@ class StalePreparedCopy(Sound):
         return self.kept.setdefault(qweight.shape, self.turned(qweight))
 
 
-@caught_by("restore_undoes_prepare")
+@caught_by("restore_undoes_prepare", r"the weight given to prepare")
 class PreparesInPlace(Sound):
     """prepare() repacks the tensors that the layer still holds."""
 

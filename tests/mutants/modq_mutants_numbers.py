@@ -13,7 +13,7 @@ from modq import Calibration, QuantizedWeight, hookimpl
 from modq.materialize import blocks
 
 
-@caught_by("declared_error_is_the_measured_one")
+@caught_by("declared_error_is_the_measured_one", r"relative error of Ŵ is 1.4")
 class SwappedNibbles(Sound):
     """The even column is read from the high half of the byte."""
 
@@ -21,7 +21,7 @@ class SwappedNibbles(Sound):
         return torch.stack((packed >> 4, packed & TOP), 2).flatten(1)
 
 
-@caught_by("declared_error_is_the_measured_one")
+@caught_by("declared_error_is_the_measured_one", r"relative error of Ŵ")
 class ScaleOfTheNextGroup(Sound):
     """Groups are counted from one: each is decoded with its neighbour's scale."""
 
@@ -29,7 +29,7 @@ class ScaleOfTheNextGroup(Sound):
         return super().values(codes, scales.roll(-1, 1), zeros, size, start)
 
 
-@caught_by("declared_error_is_the_measured_one")
+@caught_by("declared_error_is_the_measured_one", r"relative error of Ŵ")
 class ZeroPointOffByOne(Sound):
     """The zero point is stored less one, as the first GPTQ format did, and read as it stands."""
 
@@ -41,7 +41,7 @@ class ZeroPointOffByOne(Sound):
         )
 
 
-@caught_by("slices_equal_the_whole")
+@caught_by("slices_equal_the_whole", r"differs from the whole")
 class IgnoresTheColumns(Sound):
     """dequantize() cuts the rows and leaves the columns whole from the left."""
 
@@ -49,7 +49,7 @@ class IgnoresTheColumns(Sound):
         return super().decode(qweight, rows, slice(0, columns.stop - columns.start))
 
 
-@caught_by("slices_equal_the_whole")
+@caught_by("slices_equal_the_whole", r"differs from the whole")
 class GroupsCountedFromTheSlice(Sound):
     """The group of a column is counted from the slice's start instead of the row's."""
 
@@ -67,7 +67,7 @@ class DropsTheRaggedTail(Sound):
         return found
 
 
-@caught_by("dequantize_gives_the_dtype_asked_for")
+@caught_by("dequantize_gives_the_dtype_asked_for", r"is torch.float32 .* expected torch.float64")
 class AlwaysFloat32(Sound):
     """dequantize() returns what it computed in."""
 
@@ -86,7 +86,7 @@ class RoundsToHalfOnTheWay(Sound):
         return exact.double() if dtype == torch.float64 else exact.half().to(dtype)
 
 
-@caught_by("the_product_is_as_close_as_the_dense_one")
+@caught_by("the_product_is_as_close_as_the_dense_one", r"torch.bfloat16")
 class AddsUpInBfloat16(Sound):
     """The product is added up over slices of the inner dimension, in the dtype of x."""
 
@@ -103,7 +103,7 @@ class AddsUpInBfloat16(Sound):
         return y
 
 
-@caught_by("the_transposed_product_is_as_close_as_the_dense_one")
+@caught_by("the_transposed_product_is_as_close_as_the_dense_one", r"which gives dX")
 class TransposeByReshape(Sound):
     """The transposed product reshapes where it should transpose: right for no matrix but symmetric ones."""
 
@@ -125,7 +125,7 @@ class TwoDimensionsOnly(Sound):
         return super().matmul(x, qweight, transpose)
 
 
-@caught_by("x_may_be_strided")
+@caught_by("x_may_be_strided", r"x is transposed")
 class ReadsMemoryInOrder(Sound):
     """A kernel reads x as if it were contiguous."""
 
@@ -147,7 +147,7 @@ class DropsTheLastRows(Sound):
         return y
 
 
-@caught_by("the_product_is_as_close_as_the_dense_one")
+@caught_by("the_product_is_as_close_as_the_dense_one", r"NaN or infinite")
 class OverflowsInHalf(Sound):
     """The scale is taken out of the sum, which then leaves the range of float16."""
 
@@ -159,7 +159,7 @@ class OverflowsInHalf(Sound):
         return None if y is None else y / 4096
 
 
-@caught_by("the_product_is_as_close_as_the_dense_one")
+@caught_by("the_product_is_as_close_as_the_dense_one", r"is off by 1 ")
 class ZerosInsteadOfDeclining(Sound):
     """What it has no kernel for, it answers with zeros instead of None."""
 
@@ -170,7 +170,7 @@ class ZerosInsteadOfDeclining(Sound):
         return x.new_zeros((*x.shape[:-1], qweight.shape[1 if transpose else 0]))
 
 
-@caught_by("the_product_is_as_close_as_the_dense_one")
+@caught_by("the_product_is_as_close_as_the_dense_one", r"is torch.float32 .* expected torch.bfloat16")
 class ProductInFloat32(Sound):
     """The product is returned in the dtype that it was computed in."""
 
@@ -179,7 +179,7 @@ class ProductInFloat32(Sound):
         return super().matmul(x.float() if x.dtype == torch.bfloat16 else x, qweight, transpose)
 
 
-@caught_by("calibration_lowers_the_weighted_error")
+@caught_by("calibration_lowers_the_weighted_error", r"is calibration.hessian used")
 class IgnoresTheCalibration(Sound):
     """It asks for calibration and makes nothing of it."""
 
@@ -187,7 +187,7 @@ class IgnoresTheCalibration(Sound):
         return None
 
 
-@caught_by("calibration_lowers_the_weighted_error")
+@caught_by("calibration_lowers_the_weighted_error", r"is calibration.hessian used")
 class InvertsTheHessian(Sound):
     """Columns that matter most count least."""
 
