@@ -11,6 +11,8 @@ import pytest
 from commands import succeed
 from environments import Environment, make_environment
 
+from modq.testing.checks import all_checks
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PLUGIN = EXAMPLES / "outlier-int8"
 QUICK = ("contract", "purity")
@@ -41,7 +43,10 @@ def test_it_passes_the_checks_that_are_quick(environment: Environment) -> None:
 
 @pytest.mark.slow  # more than a minute, and it trains in two processes
 def test_it_passes_all_checks(environment: Environment) -> None:
-    environment.succeed("-m", "modq", "check", "outlier-int8", "--set", "kept=0.1", timeout=900)
+    command = ["-m", "modq", "check", "outlier-int8", "--json", "--set", "kept=0.1"]
+    report = json.loads(environment.succeed(*command, timeout=900))
+    assert report["ok"]
+    assert {check["name"] for check in report["checks"]} == all_checks().keys()
 
 
 def test_the_script_trains_a_model_on_it(environment: Environment, tiny_llama: Path, tmp_path: Path) -> None:

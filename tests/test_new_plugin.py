@@ -15,6 +15,7 @@ from environments import Environment, make_environment
 import modq
 from modq.cli.new_plugin import FILES
 from modq.registry import KNOWN_PACKAGES
+from modq.testing.checks import all_checks
 
 QUICK = ("contract", "purity")
 """The groups of checks that take no minute together."""
@@ -78,7 +79,9 @@ def test_it_passes_the_checks_that_are_quick(environment: Environment) -> None:
 
 @pytest.mark.slow  # more than a minute, and it trains in two processes
 def test_it_passes_all_checks_and_its_own_tests(environment: Environment, package: Path) -> None:
-    environment.succeed("-m", "modq", "check", "my-grid2", timeout=900)
+    report = json.loads(environment.succeed("-m", "modq", "check", "my-grid2", "--json", timeout=900))
+    assert report["ok"]
+    assert {check["name"] for check in report["checks"]} == all_checks().keys()
     assert " passed" in environment.succeed("-m", "pytest", "-q", "-k", "declared or untouched", cwd=package)
 
 

@@ -439,3 +439,10 @@ def test_a_custom_op_that_is_taken_is_refused_both_are_named_and_the_first_keeps
     assert float(torch.ops.fake_modq.shared(torch.zeros(()))) == 1
     assert_works("first")
     load("third")
+
+
+def test_an_import_that_failed_after_its_custom_op_fails_for_its_own_reason_again(declare: Declare) -> None:
+    declare("half", hooks=HOOKS + OP.format(op="half", value=1) + "raise RuntimeError('half-way')")
+    for _ in range(2):
+        with pytest.raises(BackendError, match="RuntimeError: half-way"):
+            load("half")

@@ -250,7 +250,8 @@ def _no_custom_op_is_replaced(backend: str) -> Iterator[None]:
 
     def guarded(name: str, *arguments: Any, **options: Any) -> Any:
         namespace, _, op = name.partition("::")
-        if hasattr(getattr(torch.ops, namespace), op):
+        taken = hasattr(getattr(torch.ops, namespace), op)
+        if taken and _owners.get(name) != backend:  # its own is left of an import that failed
             owner = f"backend {_owners[name]!r}" if name in _owners else "another package"
             raise BackendError(f"custom op {name!r} of backend {backend!r} is taken by {owner}; rename one")
         _owners[name] = backend

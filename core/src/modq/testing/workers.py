@@ -73,9 +73,7 @@ def compute_products(folder: str, threads: str) -> None:
         x = tensors.pop(record["x"])
         qweight = unstored([tensors[name] for name in sorted(tensors)], record["handle"])
         results[f"{path.stem}.dense"] = dequantize(qweight)
-        hooks = load(
-            qweight.backend
-        )  # through the custom op it would wait seconds for torch.compile's import
+        hooks = load(qweight.backend)  # the custom op would wait seconds for torch.compile's import
         results[f"{path.stem}.product"] = hooks.matmul(x=x, qweight=qweight, transpose=False)
     save_file(results, Path(folder) / "results.safetensors")
 
