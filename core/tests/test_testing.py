@@ -104,6 +104,15 @@ def test_a_standard_check_cannot_be_overridden_without_a_word() -> None:
         type("TestMine", (QuantizerConformance,), {"expected_failures": {"no_such": "because"}})
 
 
+@pytest.mark.parametrize("group", ["purity", "numerics", "state", "autograd"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # of functorch, under compile
+def test_a_backend_that_works_on_blocks_is_given_a_block_of_one_linear(group: str) -> None:
+    subject = Subject("toy-block")
+    outcomes = [run_check(each, subject) for each in all_checks().values() if each.group == group]
+    assert [f"{outcome.check.name}: {outcome.detail}" for outcome in outcomes if not outcome.ok] == []
+    assert any(outcome.verdict is Verdict.PASSED for outcome in outcomes)
+
+
 def test_a_width_that_the_options_do_not_take_is_named() -> None:
     with pytest.raises(OptionError, match="9"):
         Subject("toy-affine", [{"bits": "9"}])

@@ -2,7 +2,7 @@
 
 import torch
 
-from modq import QuantizedWeight, TensorSpec, hookimpl
+from modq import BlockResult, QuantizedWeight, TensorSpec, hookimpl
 from modq.layouts import Affine, Codebook, NestedScales
 
 TABLE = (-1.0, -0.3, 0.2, 1.0)
@@ -97,3 +97,19 @@ class ToyBare:
 
 class ToyCalibrated(ToyBare):
     NAME = "toy-calibrated"
+
+
+class ToyBlock(ToyBare):
+    """Scales the linears of a block together, to where its output is as large as it was."""
+
+    NAME = "toy-block"
+
+    @hookimpl
+    def quantize_block(self, weights, options, calibration):
+        numbers = range(calibration.samples)
+        ours, want = (
+            sum(run(n).double().norm() for n in numbers) for run in (calibration.run, calibration.target)
+        )
+        scale = want / ours if ours else 1.0
+        made = {name: weight.float() * scale for name, weight in weights.items()}
+        return BlockResult({name: self.quantize(weight) for name, weight in made.items()})

@@ -141,7 +141,8 @@ class Subject:
 
     def _quantize_block(self, weight: Tensor, variant: Variant, given: Calibration) -> QuantizedWeight:
         """Quantize as a block of a single linear."""
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+        shape = weight.shape[1], weight.shape[0]
+        linear = nn.Linear(*shape, bias=False, dtype=weight.dtype, device="meta")  # draws no random weight
         linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         block = nn.ModuleDict({"linear": linear}).eval()
         x = given.inputs if given.inputs is not None else torch.eye(weight.shape[1])
@@ -157,9 +158,10 @@ class Subject:
             return out
 
         calibration = BlockCalibration(block, {}, {"linear": given}, 1, run, lambda number: run(number))
-        result = self.hooks.quantize_block(
-            weights={"linear": weight}, options={"linear": variant.options}, calibration=calibration
-        )
+        with torch.no_grad():  # as in a model
+            result = self.hooks.quantize_block(
+                weights={"linear": weight}, options={"linear": variant.options}, calibration=calibration
+            )
         if result is None or "linear" not in result.weights:
             raise Breach("quantize_block() gave no weight for the only linear; INFO.calibration is 'block'")
         qweight = result.weights["linear"]
