@@ -17,6 +17,7 @@ from commands import run, succeed
 import modq
 from modq import doctor, layouts
 from modq.doctor import SWITCHES, Package, diagnose
+from modq.kernels.library import isa, library
 from modq.registry import Backend, Status
 from modq.spec import Format, Provider, QuantizerInfo
 
@@ -72,8 +73,10 @@ def test_json_is_one_document_that_says_what_is_here() -> None:
 
 def test_every_layout_has_the_kernel_that_serves_it_on_each_device() -> None:
     found = diagnose()
+    opened = library()
+    kernel = doctor.REFERENCE if opened is None else f"cpu-{isa(opened)}"
     assert {(its.layout, its.kernel) for its in found.kernels if its.device == "cpu"} == {
-        (name, doctor.REFERENCE) for name in layouts.__all__ if hasattr(getattr(layouts, name), "matmul")
+        (name, kernel) for name in layouts.__all__ if hasattr(getattr(layouts, name), "matmul")
     }
     states = {state.name: state for state in found.backends}
     assert states["nf4"].layouts == ("Codebook",)

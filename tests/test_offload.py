@@ -164,9 +164,8 @@ def test_training_follows_the_model_in_memory_step_by_step(
     assert losses[-1] < 0.9 * losses[0]
     assert adapter.keys() == alone[1].keys()
     for name, tensor in adapter.items():
-        # stages hand on copies, in other memory, on which sums may be taken in another order
-        tolerance = 0 if placed in OFFLOADED else 1e-5
-        torch.testing.assert_close(tensor, alone[1][name], rtol=0, atol=tolerance, msg=name)
+        # in memory LoRA is one node, under accelerate's hooks PEFT's own products: sums in another order
+        torch.testing.assert_close(tensor, alone[1][name], rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("placed", [*OFFLOADED, *STAGED], ids=lambda placed: placed.__name__)

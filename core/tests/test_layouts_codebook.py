@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modq.errors import DtypeError, OptionError, ShapeError, WeightError
+from modq.kernels import dispatch
 from modq.layouts import Codebook, NestedScales, _slices, codebook
 
 ALL = slice(None)
@@ -126,13 +127,14 @@ def test_a_product_is_as_close_as_the_dense_product(
         assert y.dtype == dtype
         assert y.shape == reference.shape
         dense_error = (x @ matrix.to(dtype) - reference).norm()
-        floor = reference.norm() * torch.finfo(dtype).eps / 4  # where the dense product happens to be exact
+        # where the dense product happens to be exact: a part of what one rounding of the operands costs
+        floor = x.double().norm() * matrix.norm() * torch.finfo(dtype).eps / 8
         assert (y - reference).norm() <= 2 * dense_error + floor, leading
 
 
 def test_a_product_by_blocks_equals_the_product_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    blockwise = codebook.blockwise_matmul
-    monkeypatch.setattr(codebook, "blockwise_matmul", lambda *args: blockwise(*args, block_elements=300))
+    blockwise = dispatch.blockwise_matmul
+    monkeypatch.setattr(dispatch, "blockwise_matmul", lambda *args: blockwise(*args, block_elements=300))
     for layout in KINDS:
         tensors, exact = make(layout)
         for transpose in (False, True):

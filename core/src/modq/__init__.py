@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from modq import errors, layouts
     from modq.api import dequantize, matmul, quantize
     from modq.hf.config import ModqConfig
+    from modq.kernels.library import get_include
     from modq.linear import QuantLinear
     from modq.materialize import blockwise_matmul
     from modq.model import quantize_model
@@ -50,6 +51,7 @@ _HOME = {
     "TensorSpec": "modq.spec",
     "blockwise_matmul": "modq.materialize",
     "dequantize": "modq.api",
+    "get_include": "modq.kernels.library",
     "hookimpl": "modq.spec",
     "list_backends": "modq.registry",
     "load": "modq.registry",
@@ -77,6 +79,7 @@ __all__ = [
     "blockwise_matmul",
     "dequantize",
     "errors",
+    "get_include",
     "hookimpl",
     "layouts",
     "list_backends",

@@ -31,6 +31,10 @@ SWITCHES = {
     "MODQ_TAKEOVER": "formats of other packages, or `all`, to load through modq though that package is there",
     "MODQ_ADAPTER_CHECK": "what to do about an adapter of another base: error (the default), warn or off",
     "MODQ_AUTOLOAD": "0: importing torch does not make modq known to transformers and peft",
+    "MODQ_ISA": "the instruction set of the compiled kernels, by default the best that runs here",
+    "MODQ_KERNELS": "reference: no compiled kernel is used, only plain torch",
+    "MODQ_FUSED_ROWS": "up to how many rows of x a kernel's own product is used; by default measured once",
+    "MODQ_FUSED_LORA": "0: LoRA over quantized layers runs as PEFT has it, not as one autograd node",
     "MODQ_CACHE": "where `modq finetune --demo` keeps its model",
     "TORCH_DEVICE_BACKEND_AUTOLOAD": "torch's own; 0: as MODQ_AUTOLOAD=0, for all packages",
 }
@@ -116,6 +120,7 @@ class Diagnosis:
     packages: list[Package] = field(default_factory=list)
     devices: list[Device] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
+    crossings: dict[str, int] = field(default_factory=dict)
     backends: list[BackendState] = field(default_factory=list)
     providers: list[ProviderState] = field(default_factory=list)
     switches: list[Switch] = field(default_factory=list)
@@ -139,6 +144,7 @@ def diagnose() -> Diagnosis:
     if torch_fails is None:
         found.devices.extend(_devices())
         found.kernels.extend(_kernels(found.devices))
+        found.crossings.update(_crossings())
     found.backends.extend(_state(backend, loadable=torch_fails is None) for backend in backends)
     found.providers.extend(_providers(backends))
     if torch_fails is not None:
@@ -229,12 +235,23 @@ def _accelerator(kind: str, index: int) -> Device:
 
 
 def _kernels(devices: list[Device]) -> Iterator[Kernel]:
-    """Yield a row for each layout of the core and each kind of device.
+    """Yield the kernels of each layout of the core on each kind of device, best first."""
+    from modq.kernels.dispatch import named_kernels  # late, as above
 
-    There is one kernel as yet, the reference. Who adds another says here when it serves.
-    """
     kinds = dict.fromkeys(device.device.partition(":")[0] for device in devices if device.device != "none")
-    yield from (Kernel(name, kind, REFERENCE, NO_OTHER) for name in _layouts() for kind in kinds)
+    for name, layout in _layouts().items():
+        for kind in kinds:
+            kernels = named_kernels(layout, kind)
+            missing = next((reason for kernel in kernels if (reason := kernel.why_missing())), None)
+            able = [kernel.provider for kernel in kernels if kernel.why_missing() is None]
+            yield Kernel(name, kind, [*able, REFERENCE][0], missing or (NO_OTHER if not able else ""))
+
+
+def _crossings() -> dict[str, int]:
+    """Return up to how many rows fused products are used, where that was measured on this machine."""
+    from modq.kernels.crossing import measured  # late, as above
+
+    return measured()
 
 
 def _layouts() -> dict[str, object]:

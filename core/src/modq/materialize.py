@@ -13,6 +13,7 @@ layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -26,7 +27,7 @@ BLOCK_ELEMENTS = 1 << 19
 """Weights in a block. A block and what decoding it takes should stay in the cache: see docs/log.md."""
 
 DequantizeBlock: TypeAlias = Callable[[slice, slice], Tensor]
-"""(rows, columns) -> the dense Ŵ[rows, columns] in the dtype of the product."""
+"""(rows, columns) -> the dense Ŵ[rows, columns], in `gemm_dtype` of x or in the dtype of x."""
 
 
 def blockwise_matmul(
@@ -40,7 +41,7 @@ def blockwise_matmul(
 
     Args:
         x: (..., in), or (..., out) if `transpose`; any leading dimensions, none included.
-        dequantize_block: gives a dense slice in the dtype of `x`.
+        dequantize_block: gives a dense slice, best in `gemm_dtype(x)`.
         shape: (out, in) of the matrix.
         transpose: False for x @ Ŵ.T, True for x @ Ŵ.
         block_elements: how many weights to hold dense at once, at least one row or column.
@@ -50,14 +51,39 @@ def blockwise_matmul(
     """
     out_features, in_features = shape
     width, depth = (in_features, out_features) if transpose else (out_features, in_features)
-    rows = x.reshape(-1, depth)
+    dtype = gemm_dtype(x)
+    rows = x.reshape(-1, depth).to(dtype)
     y = x.new_empty((rows.shape[0], width))
     for block in blocks(width, depth, block_elements):
         if transpose:
-            torch.mm(rows, dequantize_block(slice(0, out_features), block), out=y[:, block])
+            dense = dequantize_block(slice(0, out_features), block).to(dtype)
         else:
-            torch.mm(rows, dequantize_block(block, slice(0, in_features)).T, out=y[:, block])
+            dense = dequantize_block(block, slice(0, in_features)).to(dtype).T
+        if dtype == x.dtype:
+            torch.mm(rows, dense, out=y[:, block])
+        else:
+            y[:, block] = torch.mm(rows, dense)
+        del dense  # before the next block is made
     return y.reshape(*x.shape[:-1], width)
+
+
+def gemm_dtype(x: Tensor) -> torch.dtype:
+    """Return in which dtype torch multiplies matrices of the dtype of `x` fast on its device.
+
+    A CPU without instructions for half precision falls back to loops that take hundreds of times as long as
+    float32 does.
+    """
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not _fast(x.dtype):
+        return torch.float32
+    return x.dtype
+
+
+@cache
+def _fast(dtype: torch.dtype) -> bool:
+    """Tell whether oneDNN has a GEMM of this half precision on this CPU."""
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    supported: bool = getattr(torch.ops.mkldnn, name)()
+    return supported
 
 
 def blocks(width: int, depth: int, block_elements: int) -> Iterator[slice]:
@@ -77,8 +103,10 @@ class Fallback:
     def matmul(self, x: Tensor, qweight: QuantizedWeight, transpose: bool) -> Tensor:
         """Dequantize by blocks."""
 
+        dtype = gemm_dtype(x)
+
         def dequantize_block(rows: slice, columns: slice) -> Tensor:
-            dense: Tensor = self._hooks.dequantize(qweight=qweight, dtype=x.dtype, rows=rows, columns=columns)
+            dense: Tensor = self._hooks.dequantize(qweight=qweight, dtype=dtype, rows=rows, columns=columns)
             return dense
 
         return blockwise_matmul(x, dequantize_block, qweight.shape, transpose)

@@ -19,6 +19,7 @@ COMMANDS = {
     "finetune": "modq.cli.finetune",
     "eval": "modq.cli.eval",
     "generate": "modq.cli.generate",
+    "estimate": "modq.cli.estimate",
     "inspect": "modq.cli.inspect",
     "check": "modq.cli.check",
     "new-plugin": "modq.cli.new_plugin",

@@ -41,6 +41,10 @@ def _sections(found: Diagnosis) -> Iterator[str]:
     if found.kernels:
         kernels = [(k.layout, k.device, k.kernel, k.faster) for k in found.kernels]
         yield table([("LAYOUT", "DEVICE", "KERNEL", "WHY NO FASTER ONE"), *kernels])
+    if found.crossings:
+        yield table(
+            [("MEASURED HERE", "FUSED UP TO ROWS"), *((k, str(n)) for k, n in found.crossings.items())]
+        )
     yield _backends(found)
     switches = [(s.name, "-" if s.value is None else repr(s.value), s.meaning) for s in found.switches]
     yield table([("SWITCH", "VALUE", "MEANING"), *switches])

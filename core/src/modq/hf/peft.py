@@ -17,6 +17,9 @@ on that base, see `modq.hf.card`.
 `modules_to_save` trains a module whole, in a copy. Nothing of a packed copy can be trained, so the copy of a
 quantized layer is the dense layer that it stands for.
 
+LoRA over a quantized layer runs as one autograd node that keeps less: see `modq.lora`, and `modq.hf.fused`
+for what it covers. `fuse_lora(False)` or MODQ_FUSED_LORA=0 turns that off.
+
 All this wraps functions of PEFT once, when `peft` has been imported; other models are untouched. The
 alternatives looked worse: to tell an unmerge from its values is a guess, a class a tuner is what modq exists
 to avoid, and to pass for another quantization method brings that method's special cases.
@@ -25,6 +28,7 @@ to avoid, and to pass for another quantization method brings that method's speci
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -33,6 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft import PeftMixedModel, PeftModel
+from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -42,6 +47,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from modq.errors import CheckpointError
 from modq.hf.card import start_card, write_adapter_card
 from modq.hf.config import is_original
+from modq.hf.fused import fused_forward, switch
 from modq.hf.provenance import check_adapter, save_base
 from modq.hf.quantizer import dense_layer
 from modq.hf.wrap import wrap
@@ -67,6 +73,15 @@ def wrap_peft() -> None:
     wrap(PeftModel, "save_pretrained", _saving_base)
     wrap(PeftModel, "create_or_update_model_card", _carding)
     wrap(PreTrainedModel, "save_pretrained", _saving_native)
+
+
+def fuse_lora(on: bool = True) -> None:
+    """Let LoRA over quantized layers run as one autograd node, or turn that off again.
+
+    It is on from the start, unless the environment says MODQ_FUSED_LORA=0. The adapters are the same.
+    """
+    wrap(lora.Linear, "forward", fused_forward)
+    switch(on)
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
@@ -266,3 +281,4 @@ def _check_requantizable(model: nn.Module, adapter_names: Iterable[str] | None) 
 
 
 wrap_peft()
+fuse_lora(os.environ.get("MODQ_FUSED_LORA") != "0")

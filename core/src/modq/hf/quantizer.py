@@ -33,7 +33,7 @@ from modq.hf.observe import current_observer
 from modq.hf.provenance import hash_weight, join_hashes
 from modq.linear import QuantLinear
 from modq.model import Recipe, dense_linears, plan_layers, quantize_layers, quantized_layers
-from modq.op import make_handle, stored
+from modq.op import make_handle, stored, stored_specs
 from modq.sharing import find_shared, named_packed, share
 from modq.spec import TensorSpec
 
@@ -321,7 +321,8 @@ def _check_loaded(name: str, layer: QuantLinear) -> None:
             f"the checkpoint has no tensor {name}.weight to quantize; is a shard missing? "
             "What shall be trained anew belongs into modules_to_not_convert"
         )
-    expected = layer.stored_specs()
+    described = describe_weight((layer.out_features, layer.in_features), layer.backend, layer.options)
+    expected = stored_specs(described)
     for tensor_name, tensor in layer.named_packed():
         spec = expected[tensor_name]
         if not (_is_offloaded(layer, tensor_name) or getattr(tensor, "_is_hf_initialized", False)):
@@ -335,9 +336,9 @@ def _check_loaded(name: str, layer: QuantLinear) -> None:
                 f"{name}.{tensor_name} is {given}, expected {spec.dtype} of shape {spec.shape}: "
                 "config and tensors disagree"
             )
-        if (
-            tensor.data_ptr() % 8
-        ):  # a byte view of floats must be aligned as floats are; mapped files may not be
+        if tensor.data_ptr() % described[tensor_name].dtype.itemsize:
+            # A byte view of floats must be aligned as they are, and in a mapped file it may not be. Codes
+            # that are bytes lie as they like: a copy would be held beside the mapped pages.
             tensor.data = tensor.data.clone()
 
 

@@ -16,11 +16,13 @@ from modq.layouts.affine import Affine
 from modq.layouts.bitpack import decode_bits, pack_bits, packed_bytes, unpack_bits
 from modq.layouts.codebook import Codebook, NestedScales
 from modq.layouts.rotations import hadamard_factors, hadamard_transform, kronecker
+from modq.layouts.vector import VectorCodebook
 
 __all__ = [
     "Affine",
     "Codebook",
     "NestedScales",
+    "VectorCodebook",
     "decode_bits",
     "hadamard_factors",
     "hadamard_transform",

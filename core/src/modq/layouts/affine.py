@@ -28,12 +28,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from modq.errors import OptionError
+from modq.kernels import dispatch
 from modq.layouts import _slices as common
 from modq.layouts.bitpack import (
     check_width,
@@ -43,7 +44,6 @@ from modq.layouts.bitpack import (
     unpack_bits,
     unpack_bits_at,
 )
-from modq.materialize import blockwise_matmul
 from modq.spec import TensorSpec
 
 Zeros = Literal["symmetric", "integer", "float"]
@@ -59,6 +59,7 @@ class Affine:
     zeros: Zeros
     scale_dtype: torch.dtype
     permuted: bool = False
+    kernels: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("modq.kernels.cpu:AFFINE",)}
 
     def __post_init__(self) -> None:
         common.check_shape(self.shape)
@@ -73,6 +74,11 @@ class Affine:
     def groups(self) -> int:
         """How many groups a row has."""
         return -(-self.shape[1] // self.group_size)
+
+    @property
+    def kind(self) -> str:
+        """What the speed of decoding depends on."""
+        return f"affine {self.bits} bits"
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return the tensors of a matrix in this layout."""
@@ -125,7 +131,11 @@ class Affine:
         compute = common.compute_dtype(dtype)
         rows = common.bounded(rows, self.shape[0], "rows")
         columns = common.bounded(columns, self.shape[1], "columns")
-        decode = self._decode_permuted if self.permuted else self._decode
+        if not self.permuted:
+            dense = dispatch.dequantized(self, tensors, dtype, rows, columns)
+            if dense is not None:
+                return dense
+        decode = self._decode_permuted if self.permuted else self.decode
 
         def decode_rows(part: slice) -> Tensor:
             return decode(tensors, compute, part, columns)
@@ -133,23 +143,15 @@ class Affine:
         return common.dequantize_by_rows(decode_rows, rows, columns, dtype, tensors["codes"].device)
 
     def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool) -> Tensor:
-        """Multiply: x @ Ŵ.T, or x @ Ŵ if `transpose`; any leading dimensions, the dtype of x.
-
-        Every product with this layout passes here, so this is where kernels will be dispatched; today there
-        is only the reference.
-        """
+        """Multiply: x @ Ŵ.T, or x @ Ŵ if `transpose`; any leading dimensions, the dtype of x."""
         common.check_tensors(tensors, self.specs())
         common.check_input(x, self.shape, transpose)
         if self.permuted and not transpose:
             x = torch.empty_like(x).index_copy_(-1, tensors["position"].long(), x)
-
-        def dequantize_block(rows: slice, columns: slice) -> Tensor:
-            return self._decode(tensors, common.compute_dtype(x.dtype), rows, columns).to(x.dtype)
-
-        y = blockwise_matmul(x, dequantize_block, self.shape, transpose)
+        y = dispatch.multiply(self, x, tensors, transpose)
         return y.index_select(-1, tensors["position"]) if self.permuted and transpose else y
 
-    def _decode(
+    def decode(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice
     ) -> Tensor:
         """Decode a slice of the matrix in stored order, computing in `dtype`."""

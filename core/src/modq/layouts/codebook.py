@@ -28,15 +28,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from modq.errors import OptionError, WeightError
+from modq.kernels import dispatch
 from modq.layouts import _slices as common
 from modq.layouts.bitpack import decode_bits, pack_bits, packed_bytes, unpack_bits
-from modq.materialize import BLOCK_ELEMENTS, blockwise_matmul
+from modq.materialize import BLOCK_ELEMENTS
 from modq.spec import TensorSpec
 
 _BITS = {2: 1, 4: 2, 8: 3, 16: 4, 256: 8}
@@ -68,6 +70,7 @@ class Codebook:
     table: tuple[float, ...]
     block_size: int
     nested: NestedScales | None = None
+    kernels: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("modq.kernels.cpu:CODEBOOK",)}
 
     def __post_init__(self) -> None:
         common.check_shape(self.shape)
@@ -83,6 +86,11 @@ class Codebook:
     def blocks(self) -> int:
         """How many blocks the matrix has."""
         return -(-self.shape[0] * self.shape[1] // self.block_size)
+
+    @property
+    def kind(self) -> str:
+        """What the speed of decoding depends on."""
+        return f"codebook {self.bits} bits"
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return the tensors of a matrix in this layout."""
@@ -134,27 +142,22 @@ class Codebook:
         rows = common.bounded(rows, self.shape[0], "rows")
         columns = common.bounded(columns, self.shape[1], "columns")
 
+        dense = dispatch.dequantized(self, tensors, dtype, rows, columns)
+        if dense is not None:
+            return dense
+
         def decode_rows(part: slice) -> Tensor:
-            return self._decode(tensors, compute, part, columns)
+            return self.decode(tensors, compute, part, columns)
 
         return common.dequantize_by_rows(decode_rows, rows, columns, dtype, tensors["codes"].device)
 
     def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool) -> Tensor:
-        """Multiply: x @ Ŵ.T, or x @ Ŵ if `transpose`; any leading dimensions, the dtype of x.
-
-        Every product with this layout passes here, so this is where kernels will be dispatched; today there
-        is only the reference.
-        """
+        """Multiply: x @ Ŵ.T, or x @ Ŵ if `transpose`; any leading dimensions, the dtype of x."""
         common.check_tensors(tensors, self.specs())
         common.check_input(x, self.shape, transpose)
-        compute = common.compute_dtype(x.dtype)
+        return dispatch.multiply(self, x, tensors, transpose)
 
-        def dequantize_block(rows: slice, columns: slice) -> Tensor:
-            return self._decode(tensors, compute, rows, columns).to(x.dtype)
-
-        return blockwise_matmul(x, dequantize_block, self.shape, transpose)
-
-    def _decode(
+    def decode(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice
     ) -> Tensor:
         """Decode a slice, computing in `dtype`."""
@@ -210,7 +213,7 @@ class Codebook:
             return tensors["scales"].view(grid)[rows, columns].to(dtype)
         inner = Codebook(grid, self.nested.table, self.nested.block_size)
         codes = {"codes": tensors["scale_codes"].view(grid), "scales": tensors["scale_scales"]}
-        return inner._decode(codes, dtype, rows, columns).add_(tensors["scale_offset"].to(dtype))
+        return inner.decode(codes, dtype, rows, columns).add_(tensors["scale_offset"].to(dtype))
 
     def _pack_scales(self, scales: Tensor) -> dict[str, Tensor]:
         if self.nested is None:
@@ -222,6 +225,8 @@ class Codebook:
 
     def _encode_run(self, run: Tensor, bins: int | None = None) -> tuple[Tensor, Tensor]:
         """Encode a run of float32 that starts with a block: codes (n,) uint8 and absmax scales (blocks,)."""
+        if bins is None and (encoded := dispatch.encoded(self, run)) is not None:
+            return encoded
         padded = F.pad(run, (0, -len(run) % self.block_size)).view(-1, self.block_size)
         scales = padded.abs().amax(dim=1)
         # A block of zeros has scale 0; dividing by the least normal number instead keeps it zeros.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import statistics
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from modq.train.checkpoints import last_whole
 from modq.train.data import Rows
 from modq.train.processes import is_main
 from modq.train.progress import History, Report, Watch, peak_memory, stopping
+
+TILE = 2048
+"""Columns of logits at a time. TRL's own 32768, meant for GPUs, are all of a small vocabulary, and on a CPU
+it holds each tile four times, in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,13 +132,39 @@ def train_adapter(
         with stopping() if stoppable else nullcontext() as stop:
             trainer.add_callback(Watch(report, stop))
             started = time.perf_counter()
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            with small_tiles():
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         seconds = time.perf_counter() - started
         _check_finished(trainer, checkpoints)
         if eval_rows and History.of(trainer.state.log_history).evals[-1]["step"] < trainer.state.global_step:
-            trainer.evaluate()
+            with small_tiles():
+                trainer.evaluate()
     _save(trainer, output)
     return trainer.model.eval(), _summary(trainer, seconds)
+
+
+@contextmanager
+def small_tiles() -> Iterator[None]:
+    """Let TRL's loss hold TILE columns of the logits at a time, and recompute them in the backward pass.
+
+    Where Triton runs, TRL's own tiles are kept: they are as few kernels as possible there.
+    """
+    from trl.trainer import utils
+
+    name = "_CHUNKED_LOGPROB_CHUNK_SIZE"  # read at each call; that it is a test sees
+    theirs = getattr(utils, name)
+    setattr(utils, name, theirs if torch.cuda.is_available() else min(TILE, theirs))
+    try:
+        yield
+    finally:
+        setattr(utils, name, theirs)
+
+
+def fused_head(model: Any) -> None:
+    """Give a model the loss that SFTTrainer gives it: without logits, in tiles."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
 
 
 def _check_finished(trainer: Any, checkpoints: Path | None) -> None:

@@ -21,9 +21,11 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from modq.kernels import dispatch
 from modq.layouts import decode_bits, pack_bits, packed_bytes
 from modq.materialize import BLOCK_ELEMENTS, blocks
 from modq.spec import TensorSpec
+from modq_quipsharp import cpu
 from modq_quipsharp.constants import constant
 from modq_quipsharp.e8 import e8p_table, e81b_points, e81b_table
 from modq_quipsharp.nearest import nearest_e8p
@@ -37,6 +39,11 @@ class Codebook(Protocol):
 
     block: ClassVar[int]
     unit: ClassVar[float]
+    kernels: ClassVar[Mapping[str, tuple[str, ...]]]
+
+    @property
+    def kind(self) -> str:
+        """What decides how fast codes are decoded; see `modq.kernels.dispatch`."""
 
     @property
     def stages(self) -> int:
@@ -65,6 +72,12 @@ class E8P:
     residual_scale: float
     block: ClassVar[int] = 8
     unit: ClassVar[float] = 0.25
+    kernels: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("modq_quipsharp.cpu:E8P_KERNEL",)}
+
+    @property
+    def kind(self) -> str:
+        """What decides how fast codes are decoded."""
+        return f"e8p {self.bits} bits"
 
     @property
     def stages(self) -> int:
@@ -81,6 +94,9 @@ class E8P:
 
     def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Round to the nearest point, and what is left over to the nearest of the finer ones."""
+        found = cpu.nearest(self, x)
+        if found is not None:
+            return found
         points, codes = torch.empty_like(x), x.new_empty((len(x), self.stages), dtype=torch.int32)
         for part in blocks(len(x), 1, RUNS_AT_ONCE):
             self._round(x[part], points[part], codes[part])
@@ -92,9 +108,8 @@ class E8P:
         if self.bits > 2:
             left = (x - points).mul_(self.residual_scale)
             codes[:, 1] = nearest_e8p(left) if self.bits == 4 else _nearest_e81b(left)
-            points.add_(
-                _points(self._residual_table(x.device), codes[:, 1]), alpha=0.25 / self.residual_scale
-            )
+            finer = _points(self._residual_table(x.device), codes[:, 1]).to(x.dtype).mul_(0.25)
+            points.add_(finer.mul_(1 / self.residual_scale))
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
         """Store each code as int16 or uint8."""
@@ -110,10 +125,10 @@ class E8P:
         values = _points(e8p_table(codes.device), _indices(codes)).view(len(codes), -1).to(dtype)
         if self.bits > 2:
             finer = tensors["residual"][rows, first:last]
-            # Mixed dtypes are added through a copy, so in parts.
+            # Not by add_ with alpha: it rounds once in vectors and twice in what is left of them.
             for part in blocks(len(codes), values.shape[1], BLOCK_ELEMENTS // 8):
-                added = _points(self._residual_table(codes.device), _indices(finer[part]))
-                values[part].add_(added.view_as(values[part]), alpha=1 / self.residual_scale)
+                added = _points(self._residual_table(codes.device), _indices(finer[part])).to(dtype)
+                values[part].add_(added.mul_(1 / self.residual_scale).view_as(values[part]))
         skip = columns.start - 8 * first
         return values[:, skip : skip + columns.stop - columns.start]
 
@@ -129,6 +144,12 @@ class Grid:
     block: ClassVar[int] = 1
     unit: ClassVar[float] = 1.0
     stages: ClassVar[int] = 1
+    kernels: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    @property
+    def kind(self) -> str:
+        """What decides how fast codes are decoded."""
+        return f"grid {self.bits} bits"
 
     def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """Return the tensors for a matrix of this shape."""
@@ -150,6 +171,44 @@ class Grid:
         """Look the codes up."""
         table = tuple(code - (2**self.bits - 1) / 2 for code in range(2**self.bits))
         return decode_bits(tensors["codes"][rows], self.bits, columns, table, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A matrix of points, as `modq.kernels.dispatch` takes it.
+
+    `half` tells that the other factor, though float32, is no more exact than half precision, and need be held
+    no finer than by 15 bits below the largest number of each block.
+    """
+
+    shape: tuple[int, int]
+    points: Codebook
+    half: bool = False
+
+    @property
+    def kernels(self) -> Mapping[str, tuple[str, ...]]:
+        """Import paths of what computes with it, by device type."""
+        return self.points.kernels
+
+    @property
+    def kind(self) -> str:
+        """What decides how fast codes are decoded."""
+        return self.points.kind + (", half precision" if self.half else "")
+
+    def decode(
+        self, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice
+    ) -> Tensor:
+        """Return a dense slice in units of the codebook, in plain torch."""
+        return self.points.decode(tensors, dtype, rows, columns)
+
+    def dense(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice) -> Tensor:
+        """Return a dense slice in units of the codebook, by the best way there is."""
+        found = dispatch.dequantized(self, tensors, dtype, rows, columns)
+        return self.decode(tensors, dtype, rows, columns) if found is None else found
+
+    def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool) -> Tensor:
+        """Multiply: x @ Ŵ.T, or x @ Ŵ if `transpose`; x (m, depth)."""
+        return dispatch.multiply(self, x, tensors, transpose)
 
 
 def _indices(codes: Tensor) -> Tensor:

@@ -7,9 +7,11 @@
     y  = x · SU · U_n · Ŵᵀ · U_mᵀ · SV        forward     [M, n] -> [M, m]
     dx = g · SV · U_m · Ŵ  · U_nᵀ · SU        transpose   [M, m] -> [M, n]
 
-so only x, y and their gradients are rotated, O(n log n) for each row, and Ŵ is decoded by blocks. All of it
-is done in float32 whatever the dtype of x: rotations in half precision lose what the codes gained, and the
-product between them would round twice more. (On an accelerator a half precision product would be faster.)
+so only x, y and their gradients are rotated, O(n log n) for each row, and Ŵ is decoded by a kernel or by
+blocks. All of it is done in float32 whatever the dtype of x: rotations in half precision lose what the codes
+gained, and the product between them would round twice more. The kernel is told where x is half precision:
+then it holds the rotated numbers as integers of 15 bits with a scale for each 256. (On an accelerator a half
+precision product would be faster.)
 
 A layer may be some rows of a larger matrix that was quantized as one (`part_of`): U_m mixes all rows, so it
 holds all codes, computes all outputs and keeps its own.
@@ -31,9 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modq.materialize import BLOCK_ELEMENTS, blocks, blockwise_matmul
+from modq.materialize import BLOCK_ELEMENTS, blocks
 from modq.spec import TensorSpec
-from modq_quipsharp.codebooks import E8P, Codebook, Grid
+from modq_quipsharp.codebooks import E8P, Codebook, Coded, Grid
 from modq_quipsharp.options import Options
 from modq_quipsharp.rotation import Rotation
 
@@ -107,10 +109,8 @@ class Rotated:
         if transpose and self.part_of:
             rows = self._among_the_whole(rows)
 
-        def decode(r: slice, c: slice) -> Tensor:
-            return self.points.decode(_codes(tensors), compute, r, c)
-
-        y = blockwise_matmul(first.apply(rows, transpose=True), decode, self.whole, transpose)
+        coded = Coded(self.whole, self.points, half=x.dtype in (torch.bfloat16, torch.float16))
+        y = coded.multiply(first.apply(rows, transpose=True), _codes(tensors), transpose)
         y = last.apply(y)
         if not transpose and self.part_of:
             y = y[:, self.own]
@@ -140,9 +140,10 @@ class Rotated:
         """Return (U_m Ŵ)[rows] U_nᵀ: U_m Ŵ is built by blocks of columns, then rotated by blocks of rows."""
         m, n = self.whole
         outer, inner = self.rotations()
+        coded = Coded(self.whole, self.points)
         dense = torch.empty((rows.stop - rows.start, n), dtype=dtype, device=codes["codes"].device)
         for part in blocks(n, m, BLOCK_ELEMENTS):
-            dense[:, part] = outer.apply(self.points.decode(codes, dtype, slice(0, m), part).T).T[rows]
+            dense[:, part] = outer.apply(coded.dense(codes, dtype, slice(0, m), part).T).T[rows]
         for part in blocks(len(dense), n, BLOCK_ELEMENTS):
             dense[part] = inner.apply(dense[part])
         return dense
@@ -151,9 +152,10 @@ class Rotated:
         """Return U_m (Ŵ U_nᵀ)[:, columns], the other way about."""
         m, n = self.whole
         outer, inner = self.rotations()
+        coded = Coded(self.whole, self.points)
         dense = torch.empty((m, columns.stop - columns.start), dtype=dtype, device=codes["codes"].device)
         for part in blocks(m, n, BLOCK_ELEMENTS):
-            dense[part] = inner.apply(self.points.decode(codes, dtype, part, slice(0, n)))[:, columns]
+            dense[part] = inner.apply(coded.dense(codes, dtype, part, slice(0, n)))[:, columns]
         for part in blocks(dense.shape[1], m, BLOCK_ELEMENTS):
             dense[:, part] = outer.apply(dense[:, part].T).T
         return dense

@@ -81,7 +81,7 @@ def _encode(t: Tensor, halves: Tensor, lower: Tensor) -> Tensor:
     device = halves.device
     powers = constant("powers of 3", lambda: 3 ** torch.arange(8), device, torch.float32)
     key = ((halves - 1) >> 1).float().mv(powers)
-    row = constant("rows", _row_of_key, device).index_select(0, key.int())
+    row = constant("rows", row_of_key, device).index_select(0, key.int())
     odd = constant("odd rows", lambda: torch.tensor([_is_odd(row) for row in absolute_rows()]), device)
     odd_row, negative = odd.index_select(0, row), t < 0
     ones = constant("ones", lambda: torch.ones(8), device, torch.float32)
@@ -116,7 +116,7 @@ def _places_of_halves() -> Tensor:
     return (torch.tensor(absolute_rows()[227:]) == 1).nonzero()[:, 1].view(-1, 3).T.contiguous()
 
 
-def _row_of_key() -> Tensor:
+def row_of_key() -> Tensor:
     """Return the row of the table for each way to write 8 numbers of {1, 3, 5}; −1 for those it lacks."""
     table = torch.full((3**8,), -1, dtype=torch.int32)
     for number, row in enumerate(absolute_rows()):

@@ -1,0 +1,31 @@
+// What crosses from Python: where the tensors of E8P codes and the tables lie. Plain C, so that ctypes can spell it.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// A point of E8P times four, 8 bytes, is row_table[code >> 8] ^ sign_table[code & 255]; see cpu.py.
+struct modq_e8p {
+    int64_t rows, columns, bits;
+    const uint8_t* codes;  // two bytes for each run of 8 columns
+    int64_t codes_stride;  // bytes from a row to the next
+    const uint8_t* residual;  // 3 bits: a byte for each run; 4 bits: as codes
+    int64_t residual_stride;
+    const uint64_t* row_table;
+    const uint64_t* sign_table;
+    const uint64_t* fine_table;  // 256 points of E81B times four
+    float finer;                 // what points of the second stage are multiplied by
+    int32_t half;                // whether x, in float32, is no finer than half precision
+};
+
+// How vectors find the nearest points.
+struct modq_e8p_search {
+    int64_t bits;
+    const uint8_t* row_of_key;  // the row of A whose entries (1, 3, 5) / 2 are the digits (0, 1, 2) of the key
+    const uint8_t* halves;      // 29: where the ½ of the rows of norm² 12 stand, a bit for each element
+    const float* fine_points;   // (256, 8) E81B
+    const float* fine_norms;    // 256
+    float scale;                // what is left over is multiplied by this for the second stage
+};
+}
