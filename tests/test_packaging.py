@@ -45,6 +45,7 @@ def sources(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in paths if "__pycache__" not in path.parts}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason="there is no C++ compiler")
 @pytest.mark.skipif(sys.platform != "linux", reason="the name of the library is that of Linux")
 def test_one_wheel_with_a_library_serves_every_python(tmp_path: Path) -> None:

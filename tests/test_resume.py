@@ -285,7 +285,7 @@ def test_modules_to_save_trains_a_quantized_layer_densely_and_saves_it(
     plain = logits(base)
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=[saved])
     model = get_peft_model(base, config)
-    assert torch.equal(logits(model), plain)
+    torch.testing.assert_close(logits(model), plain)  # a dense copy's sums are taken in another order
     whole = {name: p for name, p in model.named_parameters() if "modules_to_save" in name}
     assert {p.dtype for p in whole.values()} == {torch.float32}
     start = {name: p.detach().clone() for name, p in whole.items()}

@@ -203,19 +203,22 @@ def test_a_crossing_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytes
         asked.append(rows)
         return rows * 1.0 if fused else 20.0
 
-    assert crossing.fused_rows("here", 2, seconds) >= 2
-    assert crossing.fused_rows("here", 5000, seconds) < 5000
-    assert not asked  # nobody doubts
-    assert crossing.fused_rows("here", 30, seconds) == 16
+    few, many = crossing.without_measuring(2), crossing.without_measuring(5000)
+    assert few is not None
+    assert few >= 2
+    assert many is not None
+    assert many < 5000
+    assert crossing.without_measuring(30) is None
+    assert crossing.fused_rows("here", seconds) == 16
     assert max(asked) == 32
     asked.clear()
     crossing._known.cache_clear()  # as another process would
-    assert crossing.fused_rows("here", 30, seconds) == 16
+    assert crossing.fused_rows("here", seconds) == 16
     assert not asked
     assert crossing.measured() == {"here": 16}
     crossing.crossings_file().write_text("{")
     crossing._known.cache_clear()
-    assert crossing.fused_rows("here", 30, seconds) == 16
+    assert crossing.fused_rows("here", seconds) == 16
     assert asked
     crossing._known.cache_clear()
 

@@ -52,6 +52,8 @@ def multiply(x: Tensor, tensors: Sequence[Tensor], handle: str, transpose: bool 
         ShapeError, DtypeError: if `x` does not fit.
     """
     x = _autocast(x)
+    if _is_plain(x):
+        return _product(x, list(tensors), handle, transpose)
     product: Tensor = (_linear_backward if transpose else _linear)(x, list(tensors), handle)
     return product
 
@@ -135,6 +137,21 @@ def _shape(handle: str) -> tuple[int, int]:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Tell whether nothing watches what is done to x: no autograd, tracer, transform or other mode.
+
+    Then the ops would only cost time, as much as a small product does.
+    """
+    return (
+        type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -36,19 +36,21 @@ SURELY_FUSED, SURELY_BLOCKS = 4, 256
 _TRIES = 5
 
 
-def fused_rows(key: str, rows: int, seconds: Callable[[int, bool], float]) -> int:
-    """Return up to how many rows the fused product is the faster one, measuring if `rows` leaves a doubt.
+def without_measuring(rows: int) -> int | None:
+    """Return up to how many rows the fused product is used, if for this many there is no doubt."""
+    given = os.environ.get(SWITCH)
+    if given is not None:
+        return _number(given)
+    return None if SURELY_FUSED < rows < SURELY_BLOCKS else SURELY_FUSED
+
+
+def fused_rows(key: str, seconds: Callable[[int, bool], float]) -> int:
+    """Return up to how many rows the fused product is the faster one, measuring it the first time.
 
     Args:
         key: what was measured: the kernel, the layout's kind, the dtype and the direction.
-        rows: how many there are now.
         seconds: (rows, fused) -> the time of one such product.
     """
-    given = _given()
-    if given is not None:
-        return given
-    if not SURELY_FUSED < rows < SURELY_BLOCKS:
-        return SURELY_FUSED
     known = _known(_machine())
     if key not in known:
         known[key] = _keep(key, _measure(seconds))
@@ -65,13 +67,10 @@ def crossings_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modq" / "crossings.json"
 
 
-def _given() -> int | None:
-    text = os.environ.get(SWITCH)
-    if text is None:
-        return None
-    if not text.isdigit():
-        raise OptionError(f"{SWITCH}={text!r}, expected a number of rows from 0 on; set one, or unset it")
-    return int(text)
+def _number(given: str) -> int:
+    if not given.isdigit():
+        raise OptionError(f"{SWITCH}={given!r}, expected a number of rows from 0 on; set one, or unset it")
+    return int(given)
 
 
 def _measure(seconds: Callable[[int, bool], float]) -> int:
