@@ -6,6 +6,7 @@ Each kernel passes a layout's numbers and the addresses of its tensors; nothing 
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from ctypes import Structure, byref, c_int32, c_int64, c_void_p
 from functools import cache, lru_cache
@@ -34,7 +35,7 @@ class Strided(Structure):
         return cls(matrix.data_ptr(), matrix.stride(0), DTYPES[matrix.dtype])
 
 
-class LibraryKernel:
+class LibraryKernel(ABC):
     """A layout's functions in a library, `<name>_product` and `<name>_dequantize`: a `dispatch.Kernel`.
 
     A subclass says how its tensors cross, in `describe`.
@@ -57,9 +58,9 @@ class LibraryKernel:
         opened = self.library()
         return "none" if opened is None else f"cpu-{isa(opened)}"
 
+    @abstractmethod
     def describe(self, layout: Any, tensors: Mapping[str, Tensor]) -> Structure:
         """Return what the functions take for a weight."""
-        raise NotImplementedError
 
     def covers(self, layout: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
         """Tell whether it can read these tensors and compute in this dtype."""

@@ -8,8 +8,32 @@ import torch
 from torch import Tensor
 
 from modq.errors import DtypeError, ShapeError
+from modq.kernels import dispatch
 from modq.materialize import BLOCK_ELEMENTS, blocks
 from modq.spec import TensorSpec
+
+
+def dequantize(
+    layout: dispatch.Layout,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    rows: slice,
+    columns: slice,
+    decode: Callable[[Mapping[str, Tensor], torch.dtype, slice, slice], Tensor] | None = None,
+) -> Tensor:
+    """Return a dense slice: by `decode` if given, else by a kernel, or without one by `layout.decode`."""
+    compute = compute_dtype(dtype)
+    rows = bounded(rows, layout.shape[0], "rows")
+    columns = bounded(columns, layout.shape[1], "columns")
+    dense = None if decode else dispatch.dequantized(layout, tensors, dtype, rows, columns)
+    if dense is not None:
+        return dense
+    decode = decode or layout.decode
+
+    def decode_rows(part: slice) -> Tensor:
+        return decode(tensors, compute, part, columns)
+
+    return dequantize_by_rows(decode_rows, rows, columns, dtype, tensors["codes"].device)
 
 
 def dequantize_by_rows(

@@ -128,19 +128,8 @@ class Affine:
     ) -> Tensor:
         """Return the dense Ŵ[rows, columns], decoding no more than that."""
         common.check_tensors(tensors, self.specs())
-        compute = common.compute_dtype(dtype)
-        rows = common.bounded(rows, self.shape[0], "rows")
-        columns = common.bounded(columns, self.shape[1], "columns")
-        if not self.permuted:
-            dense = dispatch.dequantized(self, tensors, dtype, rows, columns)
-            if dense is not None:
-                return dense
-        decode = self._decode_permuted if self.permuted else self.decode
-
-        def decode_rows(part: slice) -> Tensor:
-            return decode(tensors, compute, part, columns)
-
-        return common.dequantize_by_rows(decode_rows, rows, columns, dtype, tensors["codes"].device)
+        decode = self._decode_permuted if self.permuted else None
+        return common.dequantize(self, tensors, dtype, rows, columns, decode)
 
     def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool) -> Tensor:
         """Multiply: x @ Ŵ.T, or x @ Ŵ if `transpose`; any leading dimensions, the dtype of x."""

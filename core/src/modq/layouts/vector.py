@@ -102,17 +102,7 @@ class VectorCodebook:
     ) -> Tensor:
         """Return the dense Ŵ[rows, columns], decoding no more than the vectors that it touches."""
         common.check_tensors(tensors, self.specs())
-        compute = common.compute_dtype(dtype)
-        rows = common.bounded(rows, self.shape[0], "rows")
-        columns = common.bounded(columns, self.shape[1], "columns")
-        dense = dispatch.dequantized(self, tensors, dtype, rows, columns)
-        if dense is not None:
-            return dense
-
-        def decode_rows(part: slice) -> Tensor:
-            return self.decode(tensors, compute, part, columns)
-
-        return common.dequantize_by_rows(decode_rows, rows, columns, dtype, tensors["codes"].device)
+        return common.dequantize(self, tensors, dtype, rows, columns)
 
     def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool) -> Tensor:
         """Multiply: x @ Ŵ.T, or x @ Ŵ if `transpose`; any leading dimensions, the dtype of x."""

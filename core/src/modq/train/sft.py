@@ -126,19 +126,17 @@ def train_adapter(
         "save_total_limit": 2,  # the last may not be whole when the processes are killed
     }
     # The Trainer seeds torch for the data order, PEFT draws A from the same state: not the caller's.
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), small_tiles():
         torch.manual_seed(recipe.seed)
         trainer = _trainer(model, tokenizer, rows, eval_rows, recipe, **evaluation, **saving)
         with stopping() if stoppable else nullcontext() as stop:
             trainer.add_callback(Watch(report, stop))
             started = time.perf_counter()
-            with small_tiles():
-                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         seconds = time.perf_counter() - started
         _check_finished(trainer, checkpoints)
         if eval_rows and History.of(trainer.state.log_history).evals[-1]["step"] < trainer.state.global_step:
-            with small_tiles():
-                trainer.evaluate()
+            trainer.evaluate()
     _save(trainer, output)
     return trainer.model.eval(), _summary(trainer, seconds)
 
