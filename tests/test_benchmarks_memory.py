@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -35,7 +36,9 @@ def test_the_memory_suite_runs_from_end_to_end(
         (prepared,), (step,) = (cells[f"{job} 7b {system}"]["rounds"] for job in ("prepare", "step"))
         assert 0 < step["loss"] < 20
         assert step["layers_quantized"] == 14
-        assert step["peak_bytes"] >= step["before_step_bytes"] >= step["load_peak_bytes"] > 0
+        peaks = [step[f"{name}_bytes"] for name in ("load_peak", "before_step", "peak")]
+        # The kernel counts pages by thread and sums them lazily: its peak may fall by some pages.
+        assert all(earlier <= later + 2**20 for earlier, later in itertools.pairwise(peaks)) and peaks[0] > 0
         assert prepared["estimate_bytes"] == sum(prepared["parts"].values())
         packed = prepared["parts"]["codes"] + prepared["parts"]["scales"]
         linears, rest = 2 * 7 * 256 * 256, 2 * (2 * 100 * 256 + 5 * 256)
