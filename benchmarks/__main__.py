@@ -27,7 +27,7 @@ from benchmarks.runner import Runs, results
 
 SUITES: dict[str, tuple[ModuleType, ModuleType]] = {
     name: (import_module(f"benchmarks.{name}"), import_module(f"benchmarks.{name}_report"))
-    for name in ("training", "nli", "quality", "layers", "low_bits", "kit", "memory", "kernels")
+    for name in ("training", "nli", "quality", "layers", "low_bits", "kit", "memory", "kernels", "generate")
 }
 """Each suite's cells, and its report."""
 

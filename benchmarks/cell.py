@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 MARK = "RESULT "
@@ -32,3 +35,20 @@ def versions(system: str) -> dict[str, str]:
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
     """Return the versions of packages, and of what all have in common."""
     return {package: version(package) for package in (*COMMON, *packages)}
+
+
+def write_once(folder: Path, write: Callable[[Path], None]) -> float | None:
+    """Have a checkpoint written unless an earlier run left it, under another name until it is whole.
+
+    Returns:
+        The seconds that it took; None if it was there.
+    """
+    if folder.is_dir():
+        return None
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    started = time.perf_counter()
+    write(unfinished)
+    seconds = time.perf_counter() - started
+    unfinished.rename(folder)
+    return seconds

@@ -83,7 +83,7 @@ def _dense(shape: tuple[int, int], dtype: torch.dtype) -> Work:
 
 
 def _modq(backend: str, options: Mapping[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> Work:
-    from benchmarks.memory_cell import quantized_sample, random_packed
+    from benchmarks.random_llama import quantized_sample, random_packed
     from modq.linear import QuantLinear
     from modq.op import multiply
     from modq.options import build_options

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import get_linear_schedule_with_warmup
+from transformers import AutoConfig, get_linear_schedule_with_warmup
 
 from modq.demo.texts import split_speeches, token_windows
 from modq.train.models import load_tokenizer
@@ -24,9 +24,21 @@ WARM_UP = 0.1
 
 
 def training_windows(model: Path, count: int, tokens: int) -> Tensor:
-    """Cut one window out of each of the demo's first training speeches, or more if they do not suffice."""
+    """Cut one window out of each of the demo's first training speeches, or more if they do not suffice.
+
+    A model without a tokenizer was never trained (see random_llama.py): it gets random ids from a fixed seed,
+    for there is nothing that it could learn, and a step takes as long on them.
+    """
+    if not has_tokenizer(model):
+        vocabulary = AutoConfig.from_pretrained(str(model)).vocab_size
+        return torch.randint(vocabulary, (count, tokens), generator=torch.Generator().manual_seed(0))
     speeches = split_speeches().train[:count]
     return token_windows(load_tokenizer(str(model)), speeches, tokens, count * tokens)
+
+
+def has_tokenizer(model: Path) -> bool:
+    """Tell whether a model's folder holds a file of a tokenizer."""
+    return any(model.glob("tokenizer*"))
 
 
 def add_lora(model: Any, seed: int, *, checkpointing: bool = False) -> Any:

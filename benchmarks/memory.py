@@ -10,34 +10,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.random_llama import SHAPES
 from benchmarks.runner import Cell, Runs, Say, run_rounds
 from benchmarks.training import environment
 
 MODULE = "benchmarks.memory_cell"
 TOKENS = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A Llama's sizes."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    vocabulary: int = 32000
-
-
-SHAPES: dict[str, Shape] = {
-    "7b": Shape(4096, 11008, 32, 32),
-    "13b": Shape(5120, 13824, 40, 40),
-    "30b": Shape(6656, 17920, 60, 52),
-    "65b": Shape(8192, 22016, 80, 64),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes",
         type=lambda words: words.split(","),
         default=["7b"],
-        help="of 7b,13b,30b,65b (default: 7b)",
+        help=f"of {','.join(SHAPES)} (default: 7b)",
     )
     parser.add_argument("--layers", type=int, help="decoder layers, to try it out; such runs have no target")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"a step's (default: {TOKENS})")
@@ -93,8 +75,8 @@ def run(given: argparse.Namespace, model: Path, work: Path, say: Say) -> list[Ru
 
 
 def _cell(job: str, system: str, shape: str, dtype: str, given: argparse.Namespace, work: Path) -> Cell:
-    sizes, base = SHAPES[shape], BASES[system]
-    layers = given.layers or sizes.layers
+    base, whole = BASES[system], SHAPES[shape]
+    sizes = replace(whole, layers=given.layers or whole.layers)
     settings = {
         "job": job,
         "system": system,
@@ -102,16 +84,12 @@ def _cell(job: str, system: str, shape: str, dtype: str, given: argparse.Namespa
         "setting": base.setting,
         "backend": base.backend,
         "options": base.options,
-        "hidden": sizes.hidden,
-        "intermediate": sizes.intermediate,
-        "layers": layers,
-        "heads": sizes.heads,
-        "vocabulary": sizes.vocabulary,
-        "target": base.targets.get(shape) if layers == sizes.layers else None,
+        **asdict(sizes),
+        "target": base.targets.get(shape) if sizes == whole else None,
         "dtype": dtype,
         "tokens": given.tokens,
         "threads": given.threads,
-        "checkpoint": str(work / f"memory-{system}-{shape}-{layers}"),
+        "checkpoint": str(work / f"memory-{system}-{shape}-{sizes.layers}"),
     }
     name = f"{job} {shape} {system}" + ("" if dtype == "bfloat16" else f" {dtype}")
     return Cell(name, MODULE, settings, None, environment("modq", given.threads))

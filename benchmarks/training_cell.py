@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import transformers
 from torch import Tensor
 
 from benchmarks import cell
+from benchmarks.cell import write_once
 from benchmarks.lora import add_lora, train, training_windows
 from benchmarks.systems import SYSTEMS
 from modq.train.memory import peak_rss, reset_peak
@@ -30,20 +30,13 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
 
 def prepare(settings: dict[str, Any]) -> dict[str, Any]:
     """Write the checkpoint that the training loads, unless an earlier run left it."""
-    folder = Path(settings["checkpoint"])
-    seconds = {} if folder.is_dir() else {"prepare_seconds": _write_checkpoint(settings, folder)}
+    folder, system = Path(settings["checkpoint"]), SYSTEMS[settings["system"]]
+    took = write_once(
+        folder,
+        lambda unfinished: system.prepare(Path(settings["model"]), unfinished, _dtype(settings)),
+    )
     size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".pt"))
-    return {**seconds, "checkpoint_bytes": size}
-
-
-def _write_checkpoint(settings: dict[str, Any], folder: Path) -> float:
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    started = time.perf_counter()
-    SYSTEMS[settings["system"]].prepare(Path(settings["model"]), unfinished, _dtype(settings))
-    seconds = time.perf_counter() - started
-    unfinished.rename(folder)
-    return seconds
+    return {**({} if took is None else {"prepare_seconds": took}), "checkpoint_bytes": size}
 
 
 def quantize_on_load(settings: dict[str, Any]) -> dict[str, Any]:
@@ -60,8 +53,10 @@ def load_and_train(settings: dict[str, Any]) -> dict[str, Any]:
     load, dtype = SYSTEMS[settings["system"]].load, _dtype(settings)
     model, load_seconds, load_peak = _timed(lambda: load(Path(settings["checkpoint"]), dtype))
     model = add_lora(model, settings["seed"], checkpointing=settings["checkpointing"])
-    warm, steps, tokens = settings["warm_steps"], settings["steps"], settings["tokens"]
-    windows = training_windows(Path(settings["model"]), warm + steps, tokens)
+    batch, tokens, warm = settings["batch"], settings["tokens"], settings["warm_steps"]
+    steps = warm + settings["steps"]
+    windows = training_windows(Path(settings["model"]), steps * batch, tokens)
+    batches = windows.view(steps, batch, tokens).unbind()
     saved: list[int] = []
 
     def loss_of(model: Any, ids: Tensor) -> Tensor:
@@ -73,9 +68,9 @@ def load_and_train(settings: dict[str, Any]) -> dict[str, Any]:
     gc.collect()
     reset_peak()
     before = peak_rss()
-    done = train(model, windows.split(1), loss_of, settings["learning_rate"])
+    done = train(model, batches, loss_of, settings["learning_rate"])
     return {
-        "tokens_per_second": [tokens / seconds for seconds in done.seconds[warm:]],
+        "tokens_per_second": [batch * tokens / seconds for seconds in done.seconds[warm:]],
         "losses": done.losses,
         "peak_bytes": peak_rss(),
         "before_training_bytes": before,

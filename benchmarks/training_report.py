@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.runner import Runs, Spread, from_results, ratio
 from benchmarks.tables import shown, table
+from benchmarks.training import RANDOM_IDS
 
 OURS = "modq"
 MB = 1e-6
@@ -82,9 +83,19 @@ def _verdict(found: Spread, metric: Metric) -> str:
 def render(results: Mapping[str, Any]) -> str:
     """Render the whole report in Markdown."""
     runs = from_results(results["cells"])
-    parts = [_table(runs, dtype) for dtype in dict.fromkeys(each.cell.settings["dtype"] for each in runs)]
+    parts = [_text(runs)]
+    parts += [_table(runs, dtype) for dtype in dict.fromkeys(each.cell.settings["dtype"] for each in runs)]
     parts += [_quantize_table(runs), _verdicts(list(compare(runs))), _losses(runs), _not_run(runs)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _text(runs: Sequence[Runs]) -> str:
+    """Say so where the losses mean nothing."""
+    if any(each.cell.settings.get("text") == RANDOM_IDS for each in runs):
+        return (
+            "The model has no tokenizer: it trains on random ids from a fixed seed. Its losses mean nothing."
+        )
+    return ""
 
 
 def _table(runs: Sequence[Runs], dtype: str) -> str:
@@ -94,7 +105,7 @@ def _table(runs: Sequence[Runs], dtype: str) -> str:
     if not trained:
         return ""
     headings = [
-        f"{dtype}, {trained[0].cell.settings['tokens']} tokens a step",
+        f"{dtype}, {_step(trained[0].cell.settings)} tokens a step",
         "tokens/s",
         "of dense",
         "peak MB in training",
@@ -105,6 +116,12 @@ def _table(runs: Sequence[Runs], dtype: str) -> str:
         "first loss",
     ]
     return table(headings, [_row(each, runs) for each in trained if each.values("losses")])
+
+
+def _step(settings: Mapping[str, Any]) -> str:
+    """Say how many tokens a step has; results of a time before there were batches do not tell the batch."""
+    batch = settings.get("batch", 1)
+    return f"{settings['tokens']}" if batch == 1 else f"{batch} x {settings['tokens']}"
 
 
 def _row(each: Runs, runs: Sequence[Runs]) -> list[str]:

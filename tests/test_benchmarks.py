@@ -1,10 +1,10 @@
-"""The benchmarks: how cells are run and compared, what the reports say, and one suite from end to end."""
+"""The benchmarks: how cells are run and compared, what the reports say, and a suite from end to end."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks/ is run from the repository, never installed
 
-from benchmarks import nli, nli_report, runner, tables, training_report  # noqa: E402  # after the path
+from benchmarks import nli, nli_report, runner, tables  # noqa: E402  # after the path
 from benchmarks.__main__ import main as benchmarks_main  # noqa: E402
 from benchmarks.nli_data import LABELS, Example, read_examples, split  # noqa: E402
 from benchmarks.runner import Cell, CellError, Runs, Spread  # noqa: E402
@@ -130,55 +130,6 @@ def test_a_spread_is_shown_only_where_there_is_one(spread: Spread | None, expect
     assert tables.shown(spread) == expected
 
 
-def trained(system: str, speeds: list[float], peak: float = 100.0, dtype: str = "float32") -> Runs:
-    """What the training suite has of a system."""
-    settings = {"system": system, "setting": "", "dtype": dtype, "tokens": 8, "job": "train"}
-    settings["checkpointing"] = False
-    figures: Mapping[str, Any] = {
-        "losses": [3.0],
-        "peak_bytes": peak,
-        "before_training_bytes": 50.0,
-        "saved_for_backward_bytes": 1,
-        "load_seconds": 1.0,
-    }
-    rounds = [{**figures, "tokens_per_second": [speed]} for speed in speeds]
-    return Runs(Cell(f"train {system}", "", settings), list(rounds))
-
-
-def test_modq_loses_or_leads_only_where_all_rounds_agree() -> None:
-    ours = trained("modq", [8.0, 80.0], peak=60.0)
-    others = [trained("dense", [10.0, 100.0]), trained("hqq", [9.0, 70.0]), trained("gptqmodel", [4.0, 40.0])]
-    found = {(each.metric, each.against): each.verdict for each in training_report.compare([ours, *others])}
-    assert found["training speed", "dense"] == "behind"
-    assert found["training speed", "hqq"] == "not told apart"
-    assert found["training speed", "gptqmodel"] == "ahead"
-    assert found["peak memory of training", "dense"] == "ahead"
-    assert found["time to load its checkpoint", "dense"] == "not told apart"
-
-
-def test_only_cells_with_the_same_settings_are_compared() -> None:
-    both = [trained("modq", [1.0]), trained("dense", [9.0], dtype="bfloat16")]
-    assert list(training_report.compare(both)) == []
-
-
-def test_the_training_report_names_losses_and_what_did_not_run() -> None:
-    missing = runs(
-        "train hqq",
-        [],
-        not_run="no environment for hqq",
-        system="hqq",
-        job="train",
-        dtype="float32",
-        checkpointing=False,
-        tokens=8,
-    )
-    cells = runner.results([trained("modq", [5.0]), trained("dense", [10.0]), missing])
-    report = training_report.render({"cells": cells})
-    behind = report.partition("Where modq loses")[2].partition("###")[0]
-    assert "training speed, float32: 0.50 times that of dense" in behind
-    assert "- train hqq: no environment for hqq" in report
-
-
 def scored(system: str, seeds: list[list[int]], *, is_trained: bool = True) -> Runs:
     """What the NLI suite has of a system: whether each example is right, a list a seed."""
     rounds = [
@@ -236,44 +187,6 @@ def test_a_snippet_with_a_clear_rating_becomes_a_prompt_and_a_label(tmp_path: Pa
     good, bad = read_examples(file)
     assert "A joy." in good.prompt
     assert [LABELS[each.label] for each in (good, bad)] == ["Yes", "No"]
-
-
-@pytest.mark.usefixtures("cells_in_this_process")
-def test_the_training_suite_runs_from_end_to_end(
-    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "training.json"
-    arguments = ["training", "--out", str(out), "--model", str(tiny_llama), "--rounds", "2", "--threads", "1"]
-    arguments += ["--systems", "modq,dense", "--dtypes", "float32", "--tokens", "16", "--steps", "1"]
-    benchmarks_main(arguments)
-    found = json.loads(out.read_text())
-    cells = {each["name"]: each for each in found["cells"]}
-    assert found["machine"]["threads"] == 1
-    assert all(each["not_run"] is None for each in cells.values())
-    (ours, again), (dense, _) = (cells[f"train {system} float32"]["rounds"] for system in ("modq", "dense"))
-    assert ours["losses"] == again["losses"]
-    assert len(ours["losses"]) == 2
-    assert ours["losses"][0] == pytest.approx(dense["losses"][0], rel=0.1)
-    assert ours["losses"][0] != dense["losses"][0]  # it is quantized
-    assert 0 < ours["saved_for_backward_bytes"] <= dense["saved_for_backward_bytes"]
-    assert str(tmp_path) not in json.dumps(found["cells"])
-    report = out.with_suffix(".md").read_text()
-    assert report in capsys.readouterr().out
-    assert "Where modq loses" in report
-    benchmarks_main(["table", str(out)])
-    assert capsys.readouterr().out == report
-
-
-def test_a_system_without_its_environment_is_reported_for_every_cell(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner, "python_of", lambda peer: tmp_path / "absent" / "python")
-    out = tmp_path / "training.json"
-    benchmarks_main(["training", "--out", str(out), "--model", str(tiny_llama), "--systems", "gptqmodel"])
-    cells = json.loads(out.read_text())["cells"]
-    assert [each["name"] for each in cells] == ["prepare gptqmodel float32", "train gptqmodel float32"]
-    assert all("python -m benchmarks.peers gptqmodel" in each["not_run"] for each in cells)
-    assert "- train gptqmodel float32: no environment for gptqmodel" in out.with_suffix(".md").read_text()
 
 
 @pytest.mark.usefixtures("cells_in_this_process")

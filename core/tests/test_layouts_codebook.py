@@ -133,8 +133,8 @@ def test_a_product_is_as_close_as_the_dense_product(
 
 
 def test_a_product_by_blocks_equals_the_product_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    blockwise = dispatch.blockwise_matmul
-    monkeypatch.setattr(dispatch, "blockwise_matmul", lambda *args: blockwise(*args, block_elements=300))
+    blockwise = dispatch.multiply_blocks
+    monkeypatch.setattr(dispatch, "multiply_blocks", lambda *args, **_: blockwise(*args, block_elements=300))
     for layout in KINDS:
         tensors, exact = make(layout)
         for transpose in (False, True):

@@ -76,6 +76,7 @@ struct Chunk<8> {
         to[0] = raw & 0xff;
         to[1] = (H)((UH)raw >> 8);
     }
+    static constexpr float scale = 1;
     static F combine(const I* sums) { return to_float(sums[0]); }
 
   private:
@@ -95,7 +96,8 @@ struct Chunk<4> {
         to[2] = high & 0x0f;
         to[3] = high & 0xf0;
     }
-    static F combine(const I* sums) { return to_float((sums[0] << 4) + sums[1]) * 0x1p-4f; }
+    static constexpr float scale = 0x1p-4f;
+    static F combine(const I* sums) { return to_float((sums[0] << 4) + sums[1]); }
 };
 
 template <>
@@ -111,7 +113,8 @@ struct Chunk<2> {
             to[4 + i] = high & (int16_t)(3 << 2 * i);
         });
     }
-    static F combine(const I* s) { return to_float((((((s[0] << 2) + s[1]) << 2) + s[2]) << 2) + s[3]) * 0x1p-6f; }
+    static constexpr float scale = 0x1p-6f;
+    static F combine(const I* s) { return to_float((((((s[0] << 2) + s[1]) << 2) + s[2]) << 2) + s[3]); }
 };
 
 // Where each lane of Chunk<3> looks.
@@ -152,6 +155,7 @@ struct Chunk<3> {
         to[2] = lanes & (mask << 6);
         to[3] = (H)((UH)lanes >> 9) & mask;
     }
+    static constexpr float scale = 1;
     static F combine(const I* s) {
         F eighths = fma(to_float(s[2]), all(0x1p-3f), to_float(s[1]));
         return fma(eighths, all(0x1p-3f), to_float(s[0])) * load<F>(windows.unit);
@@ -173,98 +177,35 @@ Fixed form_of(const Affine<BITS>& w) {
     return {chunk, block, block, w.columns};
 }
 
-// The numbers of one row of weights for each unit; beyond the last one, zeros.
-struct Units {
-    float *scales, *shifts;  // shifts: scale times zero
-    int64_t count;
-};
-
+// Reads the numbers of a row for each unit; `to` and `groups` have room for a vector more.
 template <int BITS>
-void read_units(const Affine<BITS>& w, const Fixed& form, int64_t row, float* groups, Units to) {
-    float* zeros = groups + w.groups + W;
-    w.read_groups(row, 0, w.groups, groups, zeros);
-    int64_t per_group = w.it.group_size / form.unit;
-    if (per_group <= 1) {
-        std::memcpy(to.scales, groups, sizeof(float) * w.groups);
-        std::memcpy(to.shifts, zeros, sizeof(float) * w.groups);
-    } else {
+void read_units(const Affine<BITS>& w, const Fixed& form, int64_t per_group, int64_t row, float* groups, Units to) {
+    const bool spread = per_group > 1;
+    float *scales = spread ? groups : to.scales, *zeros = spread ? groups + w.groups + W : to.shifts;
+    w.read_groups(row, 0, w.groups, scales, zeros);
+    if (spread) {
         for (int64_t u = 0; u * form.unit < w.columns; ++u) {
-            to.scales[u] = groups[u / per_group];
+            to.scales[u] = scales[u / per_group];
             to.shifts[u] = zeros[u / per_group];
         }
     }
-    for (int64_t u = 0; u < to.count; u += W) store(to.shifts + u, load<F>(to.shifts + u) * load<F>(to.scales + u));
-}
-
-// The part of row `row` of y = x Wᵀ for M rows of x.
-template <int BITS, int M>
-void one_row(const Affine<BITS>& w, const FixedRows& x, int64_t first, int64_t row, Units units, float* to, int64_t to_stride) {
-    using C = Chunk<BITS>;
-    const Fixed& form = x.form;
-    const uint8_t* stream = w.row_codes(row);
-    const int64_t row_bytes = (w.columns * BITS + 7) / 8;
-    const uint8_t* end = w.row_codes(w.rows - 1) + row_bytes;
-    const int64_t chunks = form.chunks(), per_block = form.block / form.chunk, per_chunk = form.block / form.unit;
-    // The last chunk may reach beyond the row, and what is read of the one before it beyond the tensor: these are
-    // read from a copy.
-    int64_t whole = row_bytes / C::bytes;
-    if (whole && stream + (whole - 1) * C::bytes + C::reads > end) --whole;
-    uint8_t rest[C::bytes + C::reads] = {};
-    if (whole < chunks) std::memcpy(rest, stream + whole * C::bytes, row_bytes - whole * C::bytes);
-    I spread;
-    for (int i = 0; i < W; ++i) spread[i] = per_chunk > 1 ? i * per_chunk / W : 0;
-    const int16_t* values[M];
-    const float* scales[M];
-    F totals[M];
-    for (int i = 0; i < M; ++i) {
-        values[i] = x.row(first + i);
-        scales[i] = x.row_scales(first + i);
-        totals[i] = F{};
-    }
-    for (int64_t b = 0, c = 0; c < chunks; ++b) {
-        I sums[M][C::sums] = {};
-        for (int64_t stop = c + per_block < chunks ? c + per_block : chunks; c < stop; ++c) {
-            H lanes[C::vectors];
-            C::unpack(c < whole ? stream + c * C::bytes : rest + (c - whole) * C::bytes, lanes);
-            unrolled<C::vectors>([&](auto v) {
-                unrolled<M>([&](auto i) {
-                    I& to = sums[i][C::sum_of[v]];
-                    to = madd_to(to, lanes[v], load<H>(values[i] + (c * C::vectors + v) * 2 * W));
-                });
-            });
-        }
-        F scale = per_chunk > 1 ? permute(load<F>(units.scales + b * per_chunk), spread) : all(units.scales[b]);
-        unrolled<M>([&](auto i) { totals[i] = fma(C::combine(sums[i]) * scales[i][b], scale, totals[i]); });
-    }
-    for (int i = 0; i < M; ++i) {
-        const float* x_sums = x.row_sums(first + i);
-        F shift{};
-        for (int64_t u = 0; u < units.count; u += W) shift = fma(load<F>(units.shifts + u), load<F>(x_sums + u), shift);
-        to[i * to_stride] = sum(totals[i] - shift);
-    }
+    for (int64_t u = 0; u < form.units; u += W)
+        store(to.shifts + u, load<F>(to.shifts + u) * load<F>(to.scales + u));
 }
 
 template <int BITS>
-Status fixed_forward(const Affine<BITS>& w, Matrix x, int64_t m, Matrix y) {
-    using C = Chunk<BITS>;
+Status few_rows(const Affine<BITS>& w, Matrix x, int64_t m, Matrix y) {
     const Fixed form = form_of(w);
-    FixedRows rows(form, m);
-    if (!rows) return out_of_memory;
-    int16_t order[C::columns];
-    for (int v = 0; v < C::vectors; ++v)
-        for (int lane = 0; lane < 2 * W; ++lane) order[v * 2 * W + lane] = (int16_t)C::column(v, lane);
-    rows.fill(x, m, order);
-    const int64_t count = (form.units() + W - 1) / W * W;
-    const int64_t numbers = 2 * (count + W) + 2 * (w.groups + W);
-    return by_rows(w.rows, m, numbers, y, [&](int64_t row, float* space, float* to, int64_t stride) {
-        Units units{space, space + count + W, count};
-        read_units(w, form, row, space + 2 * (count + W), units);
-        int64_t i = 0;
-        if (C::sums < 4)  // else there are not enough registers
-            for (; i + 4 <= m; i += 4) one_row<BITS, 4>(w, rows, i, row, units, to + i * stride, stride);
-        for (; i + 2 <= m; i += 2) one_row<BITS, 2>(w, rows, i, row, units, to + i * stride, stride);
-        if (i < m) one_row<BITS, 1>(w, rows, i, row, units, to + i * stride, stride);
-    });
+    const int64_t per_group = w.it.group_size / form.unit;
+    const int64_t room = form.units + 2 * W, bytes = (w.columns * BITS + 7) / 8;
+    auto codes = [&](int64_t row) { return Codes{w.row_codes(row), bytes, w.row_codes(w.rows - 1) + bytes}; };
+    return fixed_forward(
+        Chunk<BITS>{}, form, w.rows, x, m, y, 2 * room + 2 * (w.groups + W), codes, [&](int64_t row, float* space) {
+            Units units{space, space + room};
+            read_units(w, form, per_group, row, space + 2 * room, units);
+            return units;
+        }
+    );
 }
 
 template <int BITS>
@@ -272,7 +213,7 @@ Status product(const modq_affine& it, Matrix x, int64_t m, Matrix y, bool transp
     Affine<BITS> w(it);
     if (transpose) return transposed(w, x, m, y);
     if constexpr (BITS > 1)
-        if (x.dtype != float32 && fits(w)) return fixed_forward(w, x, m, y);
+        if (x.dtype != float32 && fits(w)) return few_rows(w, x, m, y);
     return forward(w, x, m, y);
 }
 

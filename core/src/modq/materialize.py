@@ -49,22 +49,37 @@ def blockwise_matmul(
     Returns:
         (..., out), or (..., in) if `transpose`, in the dtype of `x`.
     """
+    width, depth = (shape[1], shape[0]) if transpose else shape
+    y = x.new_empty((*x.shape[:-1], width))
+    multiply_blocks(
+        x.reshape(-1, depth), dequantize_block, shape, y.view(-1, width), transpose, block_elements
+    )
+    return y
+
+
+def multiply_blocks(
+    x: Tensor,
+    dequantize_block: DequantizeBlock,
+    shape: tuple[int, int],
+    out: Tensor,
+    transpose: bool,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> None:
+    """Write the product of x (m, depth) to `out` (m, width), of its dtype: see `blockwise_matmul`."""
     out_features, in_features = shape
     width, depth = (in_features, out_features) if transpose else (out_features, in_features)
     dtype = gemm_dtype(x)
-    rows = x.reshape(-1, depth).to(dtype)
-    y = x.new_empty((rows.shape[0], width))
+    x = x.to(dtype)
     for block in blocks(width, depth, block_elements):
         if transpose:
             dense = dequantize_block(slice(0, out_features), block).to(dtype)
         else:
             dense = dequantize_block(block, slice(0, in_features)).to(dtype).T
-        if dtype == x.dtype:
-            torch.mm(rows, dense, out=y[:, block])
+        if dtype == out.dtype:
+            torch.mm(x, dense, out=out[:, block])
         else:
-            y[:, block] = torch.mm(rows, dense)
+            out[:, block] = torch.mm(x, dense)
         del dense  # before the next block is made
-    return y.reshape(*x.shape[:-1], width)
 
 
 def gemm_dtype(x: Tensor) -> torch.dtype:

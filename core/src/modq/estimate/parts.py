@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from modq.errors import CheckpointError
 from modq.estimate.process import process_bytes
 from modq.estimate.step import run_step
+from modq.kernels.dispatch import DECODED_ELEMENTS
 from modq.linear import QuantLinear
 from modq.materialize import BLOCK_ELEMENTS
 from modq.model import Recipe, plan_layers, quantized_layers
@@ -123,8 +125,11 @@ def estimate(
         _plan(model, Recipe(backend, options or {}), wanted)
     packed = _packed(model)
     dense = _dense(model, training.batch * training.length, mapped=wanted == stored)
-    step = run_step(model, training)
-    item = wanted.itemsize + torch.float32.itemsize  # a block, and what decoding it takes
+    with ThreadPoolExecutor(1) as pool:  # two waits of much the same length, in two processes
+        process = pool.submit(process_bytes, training.trainer)
+        step = run_step(model, training)
+    item = wanted.itemsize + torch.float32.itemsize  # a block, and what decoding it in plain torch takes
+    block = max(DECODED_ELEMENTS * torch.float32.itemsize, BLOCK_ELEMENTS * item)
     found = Estimate(
         codes=sum(max(sizes) for sizes in packed),
         scales=sum(sum(sizes) - max(sizes) for sizes in packed),
@@ -135,8 +140,8 @@ def estimate(
         activations=step.activations,
         logits=step.logits,
         casting=0,
-        workspace=BLOCK_ELEMENTS * item if packed else 0,
-        process=process_bytes(training.trainer),
+        workspace=block if packed else 0,
+        process=process.result(),
     )
     if wanted == stored:
         return found

@@ -66,13 +66,13 @@ class LibraryKernel(ABC):
         """Tell whether it can read these tensors and compute in this dtype."""
         return dtype in DTYPES and self.library() is not None and all(map(_plain, tensors.values()))
 
-    def product(self, layout: Any, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool) -> Tensor:
-        """Multiply x (m, depth), whose rows are contiguous."""
-        y = x.new_empty((x.shape[0], layout.shape[1] if transpose else layout.shape[0]))
+    def product(
+        self, layout: Any, x: Tensor, tensors: Mapping[str, Tensor], out: Tensor, transpose: bool
+    ) -> None:
+        """Write the product of x (m, depth) to `out` (m, width), both with contiguous rows."""
         weight = self.describe(layout, tensors)
         call = _function(self, "product")
-        _check(call(byref(weight), byref(Strided.of(x)), x.shape[0], byref(Strided.of(y)), transpose))
-        return y
+        _check(call(byref(weight), byref(Strided.of(x)), x.shape[0], byref(Strided.of(out)), transpose))
 
     def dequantize(
         self, layout: Any, tensors: Mapping[str, Tensor], out: Tensor, rows: slice, columns: slice

@@ -21,9 +21,13 @@ import torch
 from torch import Tensor
 
 from modq.kernels.crossing import fused_rows, timed, without_measuring
-from modq.materialize import BLOCK_ELEMENTS, blockwise_matmul, gemm_dtype
+from modq.materialize import BLOCK_ELEMENTS, gemm_dtype, multiply_blocks
 
 SWITCH = "MODQ_KERNELS"
+
+DECODED_ELEMENTS = 1 << 21
+"""Weights that a kernel decodes for one GEMM. It takes no memory beside them, so they may be more than in plain
+torch; the GEMM then gains more than the cache loses: see docs/log.md."""
 
 
 class Kernel(Protocol):
@@ -39,8 +43,13 @@ class Kernel(Protocol):
     def covers(self, layout: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
         """Tell whether it can read these tensors and compute in this dtype."""
 
-    def product(self, layout: Any, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool) -> Tensor:
-        """Multiply: (m, depth) with contiguous rows -> (m, width), in the dtype of x; best for few rows."""
+    def product(
+        self, layout: Any, x: Tensor, tensors: Mapping[str, Tensor], out: Tensor, transpose: bool
+    ) -> None:
+        """Write the product of x (m, depth) to `out` (m, width), of its dtype; both with contiguous rows.
+
+        Best for few rows.
+        """
 
     def dequantize(
         self, layout: Any, tensors: Mapping[str, Tensor], out: Tensor, rows: slice, columns: slice
@@ -90,12 +99,14 @@ def multiply(layout: Layout, x: Tensor, tensors: Mapping[str, Tensor], transpose
     out_features, in_features = layout.shape
     width, depth = (in_features, out_features) if transpose else (out_features, in_features)
     rows = x.reshape(-1, depth)
+    y = x.new_empty((*x.shape[:-1], width))
     kernel = kernel_for(layout, tensors, x.dtype)
     if kernel is not None and 0 < len(rows) <= _fused_rows(layout, kernel, rows, tensors, transpose):
-        y = kernel.product(layout, rows if rows.stride(1) == 1 else rows.contiguous(), tensors, transpose)
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        kernel.product(layout, rows, tensors, y.view(-1, width), transpose)
     else:
-        y = multiply_by_blocks(layout, kernel, rows, tensors, transpose)
-    return y.reshape(*x.shape[:-1], width)
+        multiply_by_blocks(layout, kernel, rows, tensors, y.view(-1, width), transpose)
+    return y
 
 
 def _fused_rows(
@@ -109,8 +120,9 @@ def _fused_rows(
 
     def seconds(rows: int, fused: bool) -> float:
         tried = x[:1].expand(rows, -1).contiguous()
+        out = x.new_empty((rows, layout.shape[1] if transpose else layout.shape[0]))
         way = kernel.product if fused else partial(multiply_by_blocks, kernel=kernel)
-        return timed(lambda: way(layout=layout, x=tried, tensors=tensors, transpose=transpose))
+        return timed(lambda: way(layout=layout, x=tried, tensors=tensors, out=out, transpose=transpose))
 
     direction = "transpose" if transpose else "forward"
     dtype = str(x.dtype).removeprefix("torch.")
@@ -118,13 +130,19 @@ def _fused_rows(
 
 
 def multiply_by_blocks(
-    layout: Layout, kernel: Kernel | None, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool
-) -> Tensor:
-    """Multiply x (m, depth) by torch's GEMM, a block of the weight at a time."""
+    layout: Layout,
+    kernel: Kernel | None,
+    x: Tensor,
+    tensors: Mapping[str, Tensor],
+    out: Tensor,
+    transpose: bool,
+) -> None:
+    """Write the product of x (m, depth) to `out` (m, width), by torch's GEMM with a block at a time."""
     dtype = gemm_dtype(x)
     # One buffer for all blocks: fresh memory would be mapped page by page, which takes as long as decoding.
-    largest = min(max(BLOCK_ELEMENTS, x.shape[1]), layout.shape[0] * layout.shape[1])
-    buffer = x.new_empty(largest if kernel is not None else 0, dtype=dtype)
+    elements = BLOCK_ELEMENTS if kernel is None else DECODED_ELEMENTS
+    largest = min(max(elements, x.shape[1]), layout.shape[0] * layout.shape[1])
+    buffer = x.new_empty(0 if kernel is None else largest, dtype=dtype)
 
     def dequantize_block(rows: slice, columns: slice) -> Tensor:
         if kernel is None:
@@ -135,7 +153,7 @@ def multiply_by_blocks(
         kernel.dequantize(layout, tensors, block, rows, columns)
         return block
 
-    return blockwise_matmul(x, dequantize_block, layout.shape, transpose)
+    multiply_blocks(x, dequantize_block, layout.shape, out, transpose, block_elements=elements)
 
 
 def dequantized(

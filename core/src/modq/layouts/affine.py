@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -49,7 +50,7 @@ from modq.spec import TensorSpec
 Zeros = Literal["symmetric", "integer", "float"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Affine:
     """An (out, in) matrix of integers with a scale and a zero for each group of inputs."""
 
@@ -79,6 +80,10 @@ class Affine:
     def kind(self) -> str:
         """What the speed of decoding depends on."""
         return f"affine {self.bits} bits"
+
+    @cached_property
+    def _specs(self) -> dict[str, TensorSpec]:  # each product checks them
+        return self.specs()
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return the tensors of a matrix in this layout."""
@@ -120,20 +125,20 @@ class Affine:
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the codes, (out, in) uint8, in stored order."""
-        common.check_tensors(tensors, self.specs())
+        common.check_tensors(tensors, self._specs)
         return unpack_bits(tensors["codes"], self.bits, slice(0, self.shape[1]))
 
     def dequantize(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice
     ) -> Tensor:
         """Return the dense Ŵ[rows, columns], decoding no more than that."""
-        common.check_tensors(tensors, self.specs())
+        common.check_tensors(tensors, self._specs)
         decode = self._decode_permuted if self.permuted else None
         return common.dequantize(self, tensors, dtype, rows, columns, decode)
 
     def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool) -> Tensor:
         """Multiply: x @ Ŵ.T, or x @ Ŵ if `transpose`; any leading dimensions, the dtype of x."""
-        common.check_tensors(tensors, self.specs())
+        common.check_tensors(tensors, self._specs)
         common.check_input(x, self.shape, transpose)
         if self.permuted and not transpose:
             x = torch.empty_like(x).index_copy_(-1, tensors["position"].long(), x)

@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -62,7 +63,7 @@ class NestedScales:
         _check_block_size(self.block_size)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Codebook:
     """An (out, in) matrix of indices into a table with a scale for each block of the flat matrix."""
 
@@ -91,6 +92,10 @@ class Codebook:
     def kind(self) -> str:
         """What the speed of decoding depends on."""
         return f"codebook {self.bits} bits"
+
+    @cached_property
+    def _specs(self) -> dict[str, TensorSpec]:  # each product checks them
+        return self.specs()
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return the tensors of a matrix in this layout."""
@@ -130,19 +135,19 @@ class Codebook:
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the codes, (out, in) uint8."""
-        common.check_tensors(tensors, self.specs())
+        common.check_tensors(tensors, self._specs)
         return unpack_bits(tensors["codes"], self.bits, slice(0, self.shape[1]))
 
     def dequantize(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice
     ) -> Tensor:
         """Return the dense Ŵ[rows, columns], decoding no more than that."""
-        common.check_tensors(tensors, self.specs())
+        common.check_tensors(tensors, self._specs)
         return common.dequantize(self, tensors, dtype, rows, columns)
 
     def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool) -> Tensor:
         """Multiply: x @ Ŵ.T, or x @ Ŵ if `transpose`; any leading dimensions, the dtype of x."""
-        common.check_tensors(tensors, self.specs())
+        common.check_tensors(tensors, self._specs)
         common.check_input(x, self.shape, transpose)
         return dispatch.multiply(self, x, tensors, transpose)
 

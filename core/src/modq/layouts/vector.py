@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -31,7 +32,7 @@ from modq.layouts import _slices as common
 from modq.spec import TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class VectorCodebook:
     """An (out, in) matrix of codes for vectors along its rows, each a sum of entries of learnt codebooks."""
 
@@ -61,6 +62,10 @@ class VectorCodebook:
     def kind(self) -> str:
         """What the speed of decoding depends on."""
         return f"vector {self.codebooks}x{self.bits} of {self.vector_size}"
+
+    @cached_property
+    def _specs(self) -> dict[str, TensorSpec]:  # each product checks them
+        return self.specs()
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return the tensors of a matrix in this layout."""
@@ -94,19 +99,19 @@ class VectorCodebook:
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the codes, (out, in / vector_size, codebooks) int32."""
-        common.check_tensors(tensors, self.specs())
+        common.check_tensors(tensors, self._specs)
         return self._indices(tensors["codes"])
 
     def dequantize(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice
     ) -> Tensor:
         """Return the dense Ŵ[rows, columns], decoding no more than the vectors that it touches."""
-        common.check_tensors(tensors, self.specs())
+        common.check_tensors(tensors, self._specs)
         return common.dequantize(self, tensors, dtype, rows, columns)
 
     def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool) -> Tensor:
         """Multiply: x @ Ŵ.T, or x @ Ŵ if `transpose`; any leading dimensions, the dtype of x."""
-        common.check_tensors(tensors, self.specs())
+        common.check_tensors(tensors, self._specs)
         common.check_input(x, self.shape, transpose)
         return dispatch.multiply(self, x, tensors, transpose)
 

@@ -124,12 +124,12 @@ inline H unpack(const Fine& stage, const uint8_t* from) {
 
 // Where the codes of a row lie. The last chunk may reach beyond the row: it is read from a copy.
 template <class Stage>
-struct Codes {
+struct RowCodes {
     static constexpr int bytes = kColumns / 8 * Stage::bytes;
     const uint8_t* stream;
     uint8_t rest[8] = {};
 
-    Codes(const Stage& stage, int64_t row, int64_t columns) : stream(stage.row(row)) {
+    RowCodes(const Stage& stage, int64_t row, int64_t columns) : stream(stage.row(row)) {
         const int64_t left = columns % kColumns / 8 * Stage::bytes;
         if (left) std::memcpy(rest, stream + columns / kColumns * bytes, left);
     }
@@ -139,9 +139,9 @@ struct Codes {
 template <int M, class Second>
 void one_row(const Points<Second>& w, const FixedRows& x, int64_t first, int64_t row, float* to, int64_t to_stride) {
     constexpr bool two = Second::bytes > 0;
-    const Codes<Lattice> codes(w.first, row, w.columns);
-    const Codes<Second> residual(w.second, row, w.columns);
-    const int64_t whole = w.columns / kColumns * kColumns, width = x.form.chunks() * kColumns;
+    const RowCodes<Lattice> codes(w.first, row, w.columns);
+    const RowCodes<Second> residual(w.second, row, w.columns);
+    const int64_t whole = w.columns / kColumns * kColumns, width = x.form.chunks * kColumns;
     const int16_t* values[M];
     const float* scales[M];
     F totals[M];
@@ -178,7 +178,7 @@ void one_row(const Points<Second>& w, const FixedRows& x, int64_t first, int64_t
 }
 
 template <class Second>
-Status fixed_forward(const Points<Second>& w, Matrix x, int64_t m, Matrix y) {
+Status few_rows(const Points<Second>& w, Matrix x, int64_t m, Matrix y) {
     FixedRows rows({kColumns, kBlock, kBlock, w.columns}, m);
     if (!rows) return out_of_memory;
     int16_t order[kColumns];
@@ -207,7 +207,7 @@ Status with_points(const modq_e8p& it, Work work) {
 Status e8p_product(const modq_e8p& it, const Strided& x, int64_t m, const Strided& y, bool transpose) {
     return with_points(it, [&](const auto& w) {
         if (transpose) return transposed(w, x, m, y);
-        return it.half ? fixed_forward(w, x, m, y) : forward(w, x, m, y);
+        return it.half ? few_rows(w, x, m, y) : forward(w, x, m, y);
     });
 }
 

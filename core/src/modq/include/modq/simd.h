@@ -37,9 +37,11 @@ using B = uint8_t __attribute__((vector_size(4 * W)));   // 4 W lanes
 using Words = uint16_t __attribute__((vector_size(2 * W)));
 using Bytes = uint8_t __attribute__((vector_size(W)));
 
+#define MODQ_INLINE __attribute__((always_inline))
+
 // Calls work(0), work(1), ... work(N - 1) with constants, so that arrays indexed by them are registers.
 template <int N, class Work>
-__attribute__((always_inline)) inline void unrolled(Work work) {
+MODQ_INLINE inline void unrolled(Work work) {
     if constexpr (N > 0) {
         unrolled<N - 1>(work);
         work(std::integral_constant<int, N - 1>{});
