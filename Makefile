@@ -39,10 +39,13 @@ test-slow: $(READY) ## run the slow tests: minutes of work or gigabytes of memor
 
 # Python was not built with the sanitizers, so they are loaded before it; what it leaks is not at issue.
 fuzz: $(READY) ## run random products through the compiled kernels, under address and undefined-behaviour sanitizers
-	$(VENV)/bin/cmake -S core -B build/sanitized -DCMAKE_BUILD_TYPE=RelWithDebInfo -DMODQ_SANITIZE=ON
-	$(VENV)/bin/cmake --build build/sanitized --parallel
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 $(VENV)/bin/python core/tests/fuzz_kernels.py --library build/sanitized/libmodq_cpu.so
+	for package in $(COMPILED); do \
+	    $(VENV)/bin/cmake -S $$package -B build/sanitized/$$package -DCMAKE_BUILD_TYPE=RelWithDebInfo -DMODQ_SANITIZE=ON && \
+	    $(VENV)/bin/cmake --build build/sanitized/$$package --parallel && \
+	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	        ASAN_OPTIONS=detect_leaks=0 $(VENV)/bin/python $$package/tests/fuzz_kernels.py \
+	        --library build/sanitized/$$package/libmodq_*.so || exit 1; \
+	done
 
 lint: $(READY) ## check style, format and types
 	$(VENV)/bin/ruff check .

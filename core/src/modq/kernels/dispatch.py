@@ -26,7 +26,7 @@ from modq.materialize import BLOCK_ELEMENTS, gemm_dtype, multiply_blocks
 SWITCH = "MODQ_KERNELS"
 
 DECODED_ELEMENTS = 1 << 21
-"""Weights that a kernel decodes for one GEMM. It takes no memory beside them, so they may be more than in plain
+"""Weights that a kernel decodes for one GEMM. It takes no memory beside them: they may be more than in plain
 torch; the GEMM then gains more than the cache loses: see docs/log.md."""
 
 

@@ -118,7 +118,7 @@ Status by_rows(int64_t rows, int64_t m, int64_t numbers, Matrix y, Work work) {
 //     sums, sum_of[vector]  how many sums the products go to, and which one
 //     column(vector, lane)  the column of the chunk that a lane holds
 //     unpack(from, to)      unpacks
-//     combine(sums)         one float a lane out of the sums, up to the constant `scale`
+//     combine(sums), scale  one float a lane out of the sums, and a constant that it is to be multiplied by
 
 // The codes of a row of weights, in a tensor that ends at `end`.
 struct Codes {
@@ -174,8 +174,8 @@ struct Rows {
 // Adds the product of block `b` of a row of weights, whose scales are `units`, to the totals.
 template <int M, class C>
 MODQ_INLINE inline void add_block(
-    const I (&sums)[M][C::sums], const float* const (&scales)[M], int64_t b, const LaneScales& lane_scales, const float* units,
-    F (&totals)[M]
+    const I (&sums)[M][C::sums], const float* const (&scales)[M], int64_t b, const LaneScales& lane_scales,
+    const float* units, F (&totals)[M]
 ) {
     const F scale = lane_scales(units, b);
     unrolled<M>([&](auto i) MODQ_INLINE { totals[i] = fma(C::combine(sums[i]) * scales[i][b], scale, totals[i]); });
@@ -184,20 +184,16 @@ MODQ_INLINE inline void add_block(
 // The first `blocks` blocks of PER chunks each, without a test for each chunk.
 template <int PER, int M, class C>
 void add_whole_blocks(
-    const C& chunk, const uint8_t* codes, const Rows<M>& x, const LaneScales& lane_scales, const float* units,
+    const C& chunk, const uint8_t* codes, const Rows<M> x, const LaneScales lane_scales, const float* units,
     int64_t blocks, F (&to)[M]
-) {
-    // Copies, so that the compiler knows that nothing else changes them.
-    const int16_t* values[M];
-    const float* scales[M];
+) {  // by value where it is read in the loop: then nothing else can change it
     F totals[M] = {};
-    for (int i = 0; i < M; ++i) values[i] = x.values[i], scales[i] = x.scales[i];
     for (int64_t b = 0; b < blocks; ++b, codes += PER * C::bytes) {
         I sums[M][C::sums] = {};
         unrolled<PER>([&](auto p) MODQ_INLINE {
-            add_chunk(chunk, codes + p * C::bytes, values, (b * PER + p) * C::columns, sums);
+            add_chunk(chunk, codes + p * C::bytes, x.values, (b * PER + p) * C::columns, sums);
         });
-        add_block<M, C>(sums, scales, b, lane_scales, units, totals);
+        add_block<M, C>(sums, x.scales, b, lane_scales, units, totals);
     }
     for (int i = 0; i < M; ++i) to[i] = totals[i];
 }
