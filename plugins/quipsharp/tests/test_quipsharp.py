@@ -202,7 +202,7 @@ def test_a_product_holds_one_block_of_the_matrix(options: dict[str, Any], transp
     for event in profiled.profiler.kineto_results.events():
         live += event.nbytes() if event.name() == "[memory]" else 0
         peak = max(peak, live)
-    # a block: 4 bytes a weight for its value, and in plain torch while codes are looked up; x and y while rotated
+    # a block: 4 bytes a weight for its value, in plain torch also for its codes; x and y while rotated
     assert peak <= max(BLOCK_ELEMENTS * 8, DECODED_ELEMENTS * 4) + 8 * y.nbytes
 
 
