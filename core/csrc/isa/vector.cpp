@@ -112,10 +112,9 @@ Status direct_forward(const Weight& w, Matrix x, int64_t m, Matrix y) {
     if (!numbers) return out_of_memory;
     for (int64_t i = 0; i < m; ++i) x.read(i, 0, columns, numbers.data() + i * columns);
     return by_rows(w.rows, m, 1, y, [&](int64_t row, float*, float* to, int64_t stride) {
-        int64_t i = 0;
-        for (; i + 4 <= m; i += 4) one_row<4>(w, numbers.data() + i * columns, row, to + i * stride, stride);
-        for (; i + 2 <= m; i += 2) one_row<2>(w, numbers.data() + i * columns, row, to + i * stride, stride);
-        if (i < m) one_row<1>(w, numbers.data() + i * columns, row, to + i * stride, stride);
+        in_groups(m, [&](int64_t i, auto count) {
+            one_row<count>(w, numbers.data() + i * columns, row, to + i * stride, stride);
+        });
     });
 }
 

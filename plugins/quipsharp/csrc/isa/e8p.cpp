@@ -185,10 +185,7 @@ Status few_rows(const Points<Second>& w, Matrix x, int64_t m, Matrix y) {
     for (int64_t i = 0; i < kColumns; ++i) order[i] = (int16_t)i;
     rows.fill(x, m, order);
     return by_rows(w.rows, m, 1, y, [&](int64_t row, float*, float* to, int64_t stride) {
-        int64_t i = 0;
-        for (; i + 4 <= m; i += 4) one_row<4>(w, rows, i, row, to + i * stride, stride);
-        for (; i + 2 <= m; i += 2) one_row<2>(w, rows, i, row, to + i * stride, stride);
-        if (i < m) one_row<1>(w, rows, i, row, to + i * stride, stride);
+        in_groups(m, [&](int64_t i, auto count) { one_row<count>(w, rows, i, row, to + i * stride, stride); });
     });
 }
 

@@ -111,6 +111,17 @@ Status by_rows(int64_t rows, int64_t m, int64_t numbers, Matrix y, Work work) {
     return status;
 }
 
+// Calls work(first, count) for rows 0 to m - 1 in groups of four, of two and of one; `count` is a constant. MOST is 2
+// where four at once do not fit the registers.
+template <int MOST = 4, class Work>
+void in_groups(int64_t m, Work work) {
+    int64_t i = 0;
+    if constexpr (MOST == 4)
+        for (; i + 4 <= m; i += 4) work(i, std::integral_constant<int, 4>{});
+    for (; i + 2 <= m; i += 2) work(i, std::integral_constant<int, 2>{});
+    if (i < m) work(i, std::integral_constant<int, 1>{});
+}
+
 // How chunks of codes become lanes of 16 bits is a type C with
 //     columns, bytes        what a chunk holds
 //     reads                 how many bytes `unpack` reads, at least `bytes`
@@ -255,11 +266,9 @@ Status fixed_forward(
     return by_rows(rows, m, numbers, y, [&](int64_t row, float* space, float* to, int64_t stride) {
         const Codes its = codes(row);
         const Units units = read(row, space);
-        int64_t i = 0;
-        if (C::sums < 4)  // else there are not enough registers
-            for (; i + 4 <= m; i += 4) fixed_row<4>(chunk, values, i, lane_scales, its, units, to + i * stride, stride);
-        for (; i + 2 <= m; i += 2) fixed_row<2>(chunk, values, i, lane_scales, its, units, to + i * stride, stride);
-        if (i < m) fixed_row<1>(chunk, values, i, lane_scales, its, units, to + i * stride, stride);
+        in_groups<(C::sums < 4 ? 4 : 2)>(m, [&](int64_t i, auto count) {
+            fixed_row<count>(chunk, values, i, lane_scales, its, units, to + i * stride, stride);
+        });
     });
 }
 
