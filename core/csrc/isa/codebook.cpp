@@ -100,7 +100,7 @@ void read_scales(const Codebook<4>& w, int64_t blocks, int64_t per_block, int64_
         if (end > blocks) end = blocks;
         const float inner = w.it.scales[nested] * unit, offset = *w.it.scale_offset * unit;
         for (; b + W <= end; b += W) {
-            float entries[W];  // one by one: faster than a gather where that is slow, and not slower elsewhere
+            float entries[W];  // one by one: on the machine that this was measured on, a gather is slower
             for (int64_t i = 0; i < W; ++i) entries[i] = w.it.scale_table[w.it.scale_codes[first + b + i]];
             store(to + b, fma(load<F>(entries), all(inner), all(offset)));
         }

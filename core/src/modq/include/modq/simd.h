@@ -207,19 +207,6 @@ inline F permute(F values, I index) {
 #endif
 }
 
-// table[index] of each lane.
-inline F gather(const float* table, I index) {
-#if defined(__AVX512BW__)
-    return (F)_mm512_i32gather_ps((__m512i)index, table, 4);
-#elif defined(__AVX2__)
-    return (F)_mm256_i32gather_ps(table, (__m256i)index, 4);
-#else
-    F found;
-    for (int i = 0; i < W; ++i) found[i] = table[index[i]];
-    return found;
-#endif
-}
-
 // A table of up to 16 numbers, to look up W of them at once.
 struct Table16 {
     F low, high;
