@@ -8,7 +8,6 @@ relative to that one's length.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,17 +37,16 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
 
 def prepare(settings: dict[str, Any]) -> dict[str, Any]:
     """Write the checkpoint unless an earlier run left it; its peak memory is kept beside its files."""
-    folder = Path(settings["checkpoint"])
-    if not (folder / FACTS).is_file():
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
+    folder, model = Path(settings["checkpoint"]), Path(settings["model"])
+
+    def write(unfinished: Path) -> None:
         unfinished.mkdir(parents=True)
-        model = Path(settings["model"])
         windows = calibration_windows(model, settings["calibration_windows"])
         SYSTEMS[settings["system"]].prepare(model, unfinished, windows)
         facts = {"prepare_peak_bytes": peak_rss()}  # the suite `layers` has the time
         (unfinished / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-        unfinished.replace(folder)
+
+    cell.write_once(folder, write)
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     assert isinstance(facts, dict)
     return facts

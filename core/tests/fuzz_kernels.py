@@ -7,39 +7,17 @@ Each tensor has memory of its own, so a read or a write beyond it stops the run.
 
 from __future__ import annotations
 
-import argparse
+import ctypes
 import os
-import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from modq.kernels import crossing, dispatch, library
 from modq.layouts import Affine, Codebook, NestedScales, VectorCodebook
+from modq.testing.fuzz import Draw, run
 
 HALVES_AND_FULL = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Draw:
-    """Random choices from one seed."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def number(self, low: int, high: int) -> int:
-        """From low to high, small ones more often."""
-        share = torch.rand((), generator=self.generator).item() ** 2
-        return low + round(share * (high - low))
-
-    def one_of(self, *choices):
-        return choices[int(torch.randint(len(choices), (), generator=self.generator))]
-
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator)
-
-    def codes(self, bits: int, *shape: int) -> Tensor:
-        return torch.randint(0, 2**bits, shape, generator=self.generator, dtype=torch.uint8)
 
 
 def draw_affine(draw: Draw) -> tuple[Affine, dict[str, Tensor]]:
@@ -79,16 +57,9 @@ def draw_vector(draw: Draw) -> tuple[VectorCodebook, dict[str, Tensor]]:
     dtype = draw.one_of(*HALVES_AND_FULL)
     layout = VectorCodebook(shape, books, bits, dtype, size)
     runs = (shape[0], columns // size, books)
-    codes = torch.randint(0, 2**bits, runs, generator=draw.generator, dtype=torch.int32)
+    codes = draw.codes(bits, *runs, dtype=torch.int32)
     points = (draw.uniform(books, 2**bits, size) - 0.4).to(dtype)
     return layout, layout.pack(codes, points, (draw.uniform(shape[0]) - 0.3).to(dtype))
-
-
-def strided(draw: Draw, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Rows that lie apart and begin anywhere."""
-    skip = draw.one_of(0, 0, draw.number(0, 9))
-    wide = draw.uniform(rows, columns + skip + draw.one_of(0, draw.number(0, 9))) - 0.5
-    return wide.to(dtype)[:, skip : skip + columns]
 
 
 def check(layout: Affine | Codebook | VectorCodebook, tensors: dict[str, Tensor], draw: Draw) -> None:
@@ -102,7 +73,7 @@ def check(layout: Affine | Codebook | VectorCodebook, tensors: dict[str, Tensor]
     assert torch.equal(found, matrix[slice(*rows), slice(*columns)].to(dtype))
     os.environ[crossing.SWITCH] = draw.one_of("0", "100")
     for transpose in (False, True):
-        x = strided(draw, draw.number(1, 40), layout.shape[0 if transpose else 1], dtype)
+        x = draw.strided(draw.number(1, 40), layout.shape[0 if transpose else 1], dtype)
         y = layout.matmul(x, tensors, transpose)
         exact = x.double() @ (matrix.double() if transpose else matrix.double().T)
         scale = x.double().norm(dim=1, keepdim=True) * matrix.double().norm()
@@ -110,36 +81,21 @@ def check(layout: Affine | Codebook | VectorCodebook, tensors: dict[str, Tensor]
         assert torch.equal(y, layout.matmul(x, tensors, transpose))
 
 
-def main() -> None:
-    """Fuzz for as long as asked, and say how much that was."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--library", type=Path, default=library.CORE)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    library.CORE = given.library
-    opened = library.load_library(given.library)
+def check_one(draw: Draw, number: int) -> None:
+    layout, tensors = (draw_affine, draw_codebook, draw_affine, draw_vector)[number % 4](draw)
+    try:
+        check(layout, tensors, draw)
+    except AssertionError:
+        raise AssertionError(layout) from None
+
+
+def use(opened: ctypes.CDLL) -> None:
+    """Let core's kernels call this library."""
     library.library = lambda: opened
     from modq.kernels import cpu  # late: it takes `library` by name
 
     cpu.library = lambda: opened
-    torch.set_num_threads(2)
-    count, stop = 0, time.monotonic() + given.seconds
-    names = library.isas(opened)
-    while time.monotonic() < stop:
-        draw = Draw(given.seed + count)
-        library.use_isa(opened, names[count % len(names)])
-        draw_one = (draw_affine, draw_codebook, draw_affine, draw_vector)[count // 2 % 4]
-        layout, tensors = draw_one(draw)
-        try:
-            check(layout, tensors, draw)
-        except AssertionError:
-            raise SystemExit(
-                f"seed {given.seed + count}: {layout} on {library.isa(opened)} differs"
-            ) from None
-        count += 1
-    print(f"{count} weights on {', '.join(names)} in {given.seconds:.0f} s, nothing found")
 
 
 if __name__ == "__main__":
-    main()
+    run(check_one, library.CORE, use)

@@ -7,83 +7,50 @@ Each tensor has memory of its own, so a read or a write beyond it stops the run.
 
 from __future__ import annotations
 
-import argparse
-import time
-from pathlib import Path
+import ctypes
 
 import torch
-from torch import Tensor
 
-from modq.kernels import library
+from modq.testing.fuzz import Draw, run
 from modq_quipsharp import cpu
 from modq_quipsharp.codebooks import E8P, Coded
 
 
-def number(generator: torch.Generator, low: int, high: int) -> int:
-    """From low to high, small ones more often."""
-    share = torch.rand((), generator=generator).item() ** 2
-    return low + round(share * (high - low))
-
-
-def strided(generator: torch.Generator, rows: int, columns: int) -> Tensor:
-    """Rows that lie apart and begin anywhere."""
-    skip = number(generator, 0, 9)
-    wide = torch.rand(rows, columns + skip + number(generator, 0, 9), generator=generator) - 0.5
-    return wide[:, skip : skip + columns]
-
-
-def check(generator: torch.Generator, bits: int) -> None:
+def check(draw: Draw, number: int) -> None:
     """Compare products, a slice and codes of one random weight with plain torch."""
-    columns = 8 * number(generator, 1, 600)
-    shape = (number(generator, 1, min(5000, max(1, 100_000 // columns))), columns)
-    codebook, half = E8P(bits, 2.5), bool(number(generator, 0, 1))
-    codes = torch.randint(1 << 16, (shape[0], columns // 8, codebook.stages), generator=generator).int()
+    bits, half = 2 + number % 3, draw.one_of(False, True)
+    columns = 8 * draw.number(1, 600)
+    shape = (draw.number(1, min(5000, max(1, 100_000 // columns))), columns)
+    codebook = E8P(bits, 2.5)
+    codes = draw.codes(16, shape[0], columns // 8, codebook.stages, dtype=torch.int32)
     if bits == 3:
         codes[..., 1] &= 255
     weight, tensors = Coded(shape, codebook, half), codebook.pack(codes)
     matrix = weight.decode(tensors, torch.float32, slice(0, shape[0]), slice(0, columns))
-    part = [slice(*sorted((number(generator, 0, n), number(generator, 0, n)))) for n in shape]
+    part = [slice(*sorted((draw.number(0, n), draw.number(0, n)))) for n in shape]
     out = torch.empty(part[0].stop - part[0].start, part[1].stop - part[1].start)
     if out.numel():
         cpu.E8P_KERNEL.dequantize(weight, tensors, out, *part)
-    assert torch.equal(out, matrix[part[0], part[1]])
+    assert torch.equal(out, matrix[part[0], part[1]]), f"{part} of {weight}"
     for transpose in (False, True):
-        x = strided(generator, number(generator, 1, 40), shape[0 if transpose else 1])
+        x = draw.strided(draw.number(1, 40), shape[0 if transpose else 1])
         exact = x.double() @ (matrix.double() if transpose else matrix.double().T)
-        y, again = strided(generator, *exact.shape), strided(generator, *exact.shape)
+        y, again = draw.strided(*exact.shape), draw.strided(*exact.shape)
         for each in (y, again):
             cpu.E8P_KERNEL.product(weight, x, tensors, each, transpose)
         scale = x.double().norm(dim=1, keepdim=True) * matrix.double().norm()
-        assert ((y - exact).abs() <= (2e-4 if half else 2e-6) * scale).all()
-        assert torch.equal(y, again)
-    x = 3 * torch.randn(number(generator, 1, 300), 8, generator=generator)
-    found = cpu.nearest(codebook, x)
+        assert ((y - exact).abs() <= (2e-4 if half else 2e-6) * scale).all(), f"{weight}, {transpose=}"
+        assert torch.equal(y, again), f"{weight}, {transpose=}, from call to call"
+    found = cpu.nearest(codebook, 6 * (draw.uniform(draw.number(1, 300), 8) - 0.5))
     assert found is not None
     assert found[1].min() >= 0
     assert found[1].max() < 1 << 16
 
 
-def main() -> None:
-    """Fuzz for as long as asked, and say how much that was."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--library", type=Path, default=cpu.LIBRARY)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    opened = library.load_library(given.library)
+def use(opened: ctypes.CDLL) -> None:
+    """Let the plugin's kernels call this library."""
     cpu.library = lambda: opened
-    torch.set_num_threads(2)
-    count, stop = 0, time.monotonic() + given.seconds
-    names = library.isas(opened)
-    while time.monotonic() < stop:
-        library.use_isa(opened, names[count % len(names)])
-        try:
-            check(torch.Generator().manual_seed(given.seed + count), 2 + count // 2 % 3)
-        except AssertionError:
-            raise SystemExit(f"seed {given.seed + count} on {library.isa(opened)} differs") from None
-        count += 1
-    print(f"{count} weights on {', '.join(names)} in {given.seconds:.0f} s, nothing found")
 
 
 if __name__ == "__main__":
-    main()
+    run(check, cpu.LIBRARY, use)

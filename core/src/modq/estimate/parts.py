@@ -12,7 +12,7 @@ from torch import nn
 
 from modq.errors import CheckpointError
 from modq.estimate.process import process_bytes
-from modq.estimate.step import run_step
+from modq.estimate.step import check_targets, run_step
 from modq.kernels.dispatch import DECODED_ELEMENTS
 from modq.linear import QuantLinear
 from modq.materialize import BLOCK_ELEMENTS
@@ -125,6 +125,7 @@ def estimate(
         _plan(model, Recipe(backend, options or {}), wanted)
     packed = _packed(model)
     dense = _dense(model, training.batch * training.length, mapped=wanted == stored)
+    check_targets(model, training.target_modules)  # before what takes seconds
     with ThreadPoolExecutor(1) as pool:  # two waits of much the same length, in two processes
         process = pool.submit(process_bytes, training.trainer)
         step = run_step(model, training)

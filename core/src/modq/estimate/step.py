@@ -50,7 +50,6 @@ def run_step(model: Any, training: Training) -> Step:
     Raises:
         OptionError: if the model or the libraries do not know a name in `training`.
     """
-    check_targets(model, training.target_modules)
     backbone, loss_of = model.base_model, _loss_of(model, training)
     model = _add_adapter(model, training)
     mode = FakeTensorMode()
