@@ -14,6 +14,8 @@ import torch
 from modq.testing.fuzz import Draw, run
 from modq_quipsharp import cpu
 from modq_quipsharp.codebooks import E8P, Coded
+from modq_quipsharp.rotation import Rotation
+from modq_quipsharp.turn import Turn
 
 
 def check(draw: Draw, number: int) -> None:
@@ -41,10 +43,27 @@ def check(draw: Draw, number: int) -> None:
         scale = x.double().norm(dim=1, keepdim=True) * matrix.double().norm()
         assert ((y - exact).abs() <= (2e-4 if half else 2e-6) * scale).all(), f"{weight}, {transpose=}"
         assert torch.equal(y, again), f"{weight}, {transpose=}, from call to call"
+    check_side(draw)
     found = cpu.nearest(codebook, 6 * (draw.uniform(draw.number(1, 300), 8) - 0.5))
     assert found is not None
     assert found[1].min() >= 0
     assert found[1].max() < 1 << 16
+
+
+def check_side(draw: Draw) -> None:
+    """Compare what is done to vectors before or after the codes with plain torch in float64."""
+    size = draw.one_of(1, 3, 11, 12, 28, 43, 172) * 2 ** draw.number(0, 6)
+    first = draw.number(0, size - 1)
+    count = draw.number(1, size - first)
+    scales, factor = draw.uniform(count).half(), draw.one_of(None, draw.uniform(1))
+    side = Turn(Rotation(size, "hadamard"), scales, factor, 0.25, slice(first, first + count))
+    for transpose in (False, True):
+        x = draw.strided(draw.number(1, 20), count if transpose else size)
+        y = draw.strided(len(x), size if transpose else count)
+        assert cpu.turn(side, x, y, transpose)
+        exact = side.apply(x.double(), torch.float64, transpose)
+        allowed = 1e-5 * x.double().norm(dim=1, keepdim=True) + 1e-12
+        assert ((y - exact).abs() <= allowed).all(), f"{side.rotation}, {side.own}, {transpose=}"
 
 
 def use(opened: ctypes.CDLL) -> None:

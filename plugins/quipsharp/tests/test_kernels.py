@@ -13,8 +13,10 @@ from modq.kernels.dispatch import dequantized, kernel_for
 from modq.kernels.library import isas, use_isa
 from modq_quipsharp import cpu
 from modq_quipsharp.codebooks import E8P, RUNS_AT_ONCE, Coded
-from modq_quipsharp.e8 import e8p_points
+from modq_quipsharp.e8 import e8p_points, e81b_points
 from modq_quipsharp.layout import Rotated
+from modq_quipsharp.rotation import Rotation
+from modq_quipsharp.turn import Turn
 
 opened = cpu.library()
 pytestmark = pytest.mark.skipif(opened is None, reason=f"not built: {cpu.E8P_KERNEL.why_missing()}")
@@ -53,9 +55,9 @@ def everything(weight: Coded) -> tuple[slice, slice]:
 
 
 def test_two_small_tables_stand_for_all_points() -> None:
-    rows, signs = cpu.tables()
-    points = (rows[:, None] ^ signs).flatten().view(torch.int8).view(-1, 8)
-    assert torch.equal(points, e8p_points())
+    rows, signs, fine = cpu.tables()
+    assert torch.equal((rows[:, None] ^ signs).view(-1, 8), e8p_points().short())
+    assert torch.equal(fine, e81b_points().short())
 
 
 @every_codebook
@@ -109,6 +111,59 @@ def test_rotated_products_are_as_close_with_the_kernel_as_without(
     exact = layout.matmul(x.double(), tensors, transpose=False)
     without = layout.matmul(x, tensors, transpose=False)
     assert (found - exact).norm() <= 2 * (without - exact).norm()
+
+
+def one_side(size: int, first: int, count: int) -> Turn:
+    scales = gaussian(count, seed=size).half()
+    return Turn(Rotation(size, "hadamard"), scales, torch.tensor([0.37]), 0.25, slice(first, first + count))
+
+
+TURNED = [
+    pytest.param(1, 0, 1, id="one number"),
+    pytest.param(4, 0, 4, id="shorter than a vector"),
+    pytest.param(12, 0, 12, id="a published matrix alone"),
+    pytest.param(24, 0, 24, id="lines of two"),
+    pytest.param(192, 0, 192, id="lines of a vector"),
+    pytest.param(4096, 0, 4096, id="a power of two"),
+    pytest.param(344, 0, 344, id="the largest of the list"),
+    pytest.param(88, 0, 88, id="lines of the fallback"),
+    pytest.param(719, 0, 719, id="the fallback by FFT"),
+    pytest.param(96, 30, 41, id="a part of a fused layer"),
+]
+
+
+@pytest.mark.parametrize(("size", "first", "count"), TURNED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_side_is_turned_as_exactly_as_in_plain_torch(
+    size: int, first: int, count: int, dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = one_side(size, first, count)
+    for transpose in (False, True):
+        x = gaussian(5, 2 * (count if transpose else size)).to(dtype)[:, ::2]
+        assert cpu.turn(side, x, x.new_empty(5, size if transpose else count), transpose) == (size != 719)
+        found = side.apply(x, torch.float32, transpose)
+        assert torch.equal(side.apply(x, dtype, transpose), found.to(dtype))
+        exact = side.apply(x.double(), torch.float64, transpose)
+        monkeypatch.setenv("MODQ_KERNELS", "reference")
+        expected = side.apply(x, torch.float32, transpose)
+        monkeypatch.undo()
+        assert (found - exact).norm() <= 2 * (expected - exact).norm() + 1e-7 * exact.norm()
+
+
+@pytest.mark.parametrize("size", [24, 64, 88])
+def test_a_side_turned_both_ways_is_one_matrix_and_its_transpose(size: int, isa: str) -> None:
+    side, unit = one_side(size, 3, size - 7), torch.eye(size)
+    there = side.apply(unit, torch.float32)
+    back = side.apply(torch.eye(size - 7), torch.float32, transpose=True)
+    torch.testing.assert_close(there.T, back)
+
+
+def test_infinite_numbers_stay_so_or_become_nan_and_large_ones_finite(isa: str) -> None:
+    side = Turn(Rotation(64, "hadamard"), torch.ones(64).half(), None, 1.0, slice(0, 64))
+    x = torch.full((1, 64), 1e37)
+    assert side.apply(x, torch.float32).isfinite().all()
+    x[0, 3] = torch.inf
+    assert not side.apply(x, torch.float32).isfinite().any()
 
 
 def test_float64_is_left_to_the_reference() -> None:

@@ -7,6 +7,7 @@ inline namespace MODQ_ISA {
 namespace {
 
 using F8 = float __attribute__((vector_size(32)));
+using Run = int16_t __attribute__((vector_size(16)));  // eight numbers
 
 struct Stream {
     const uint8_t* codes;
@@ -14,36 +15,54 @@ struct Stream {
     const uint8_t* row(int64_t i) const { return codes + i * stride; }
 };
 
-// Codes of 16 bits: two tables of 2 KiB, which stay in the first-level cache.
+// The entry of a table that byte number BYTE of `codes` names. A rotation and a mask give how many bytes on it lies, one
+// instruction less than a shift, a mask and a scale.
+template <int BYTE>
+inline Run entry(const int16_t* table, uint64_t codes) {
+    constexpr int by = (8 * BYTE + 60) % 64;
+    const uint64_t bytes = (codes >> by | codes << (64 - by)) & 0xff0;
+    return load<Run>(reinterpret_cast<const char*>(table) + bytes);
+}
+
+// Codes of 16 bits: two tables of 4 KiB, which stay in the first-level cache.
 struct Lattice : Stream {
     static constexpr int bytes = 2;
-    const uint64_t *rows, *signs;
-    uint64_t run(uint64_t code) const { return rows[code >> 8 & 255] ^ signs[code & 255]; }
+    const int16_t *rows, *signs;
+    template <int PLACE>
+    Run run(uint64_t codes) const {
+        return entry<2 * PLACE + 1>(rows, codes) ^ entry<2 * PLACE>(signs, codes);
+    }
 };
 
 // Codes of 8 bits: E81B, the second stage at 3 bits.
 struct Fine : Stream {
     static constexpr int bytes = 1;
-    const uint64_t* points;
-    uint64_t run(uint64_t code) const { return points[code & 255]; }
+    const int16_t* points;
+    template <int PLACE>
+    Run run(uint64_t codes) const {
+        return entry<PLACE>(points, codes);
+    }
 };
 
 struct Nothing : Stream {
     static constexpr int bytes = 0;
-    uint64_t run(uint64_t) const { return 0; }
+    template <int PLACE>
+    Run run(uint64_t) const {
+        return Run{};
+    }
 };
 
 template <class Stage>
-uint64_t run_at(const Stage& stage, const uint8_t* row, int64_t place) {
-    return stage.run(word<Stage::bytes>(row + place * Stage::bytes));
+Run run_at(const Stage& stage, const uint8_t* row, int64_t place) {
+    return stage.template run<0>(word<Stage::bytes>(row + place * Stage::bytes));
 }
 
-inline F8 to_floats(uint64_t run) {
+inline F8 to_floats(Run run) {
 #if defined(__AVX2__)
-    return (F8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)run)));
+    return (F8)_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32((__m128i)run));
 #else
     F8 values;
-    for (int i = 0; i < 8; ++i) values[i] = (int8_t)(run >> 8 * i);
+    for (int i = 0; i < 8; ++i) values[i] = run[i];
     return values;
 #endif
 }
@@ -77,49 +96,30 @@ constexpr int64_t kColumns = 32;           // of a chunk: four runs
 constexpr int kVectors = kColumns / (2 * W);  // of 16 bits
 constexpr int64_t kBlock = 256;            // columns with one scale of x
 
-using Runs = uint64_t __attribute__((vector_size(2 * W)));
 constexpr int kRuns = W / 4;  // of a vector
 
-inline H widen(Runs held) {
+// The runs of a vector, one after the other.
+inline H join(const Run* runs) {
 #if defined(__AVX512BW__)
-    return (H)_mm512_cvtepi8_epi16((__m256i)held);
+    __m512i v = _mm512_castsi128_si512((__m128i)runs[0]);
+    v = _mm512_inserti32x4(v, (__m128i)runs[1], 1);
+    v = _mm512_inserti32x4(v, (__m128i)runs[2], 2);
+    return (H)_mm512_inserti32x4(v, (__m128i)runs[3], 3);
 #elif defined(__AVX2__)
-    return (H)_mm256_cvtepi8_epi16((__m128i)held);
+    return (H)_mm256_inserti128_si256(_mm256_castsi128_si256((__m128i)runs[0]), (__m128i)runs[1], 1);
 #else
-    using Signed = int8_t __attribute__((vector_size(2 * W)));
-    return __builtin_convertvector((Signed)held, H);
+    return load<H>(runs);
 #endif
 }
 
-// Two numbers of a table in one register, by one instruction each: compilers take three for both.
-inline Runs look_up(const uint64_t* table, const uint64_t* places) {
-#if defined(__x86_64__)
-    Runs found;
-    __m128d pairs[kRuns / 2];
-    for (int i = 0; i < kRuns / 2; ++i) {
-        pairs[i] = _mm_load_sd(reinterpret_cast<const double*>(table + places[2 * i]));
-        pairs[i] = _mm_loadh_pd(pairs[i], reinterpret_cast<const double*>(table + places[2 * i + 1]));
-    }
-    std::memcpy(&found, pairs, sizeof found);
-    return found;
-#else
-    Runs found;
-    for (int i = 0; i < kRuns; ++i) found[i] = table[places[i]];
-    return found;
-#endif
-}
-
-// The next runs of a vector as 16 bits.
-inline H unpack(const Lattice& stage, const uint8_t* from) {
-    uint64_t rows[kRuns], signs[kRuns];
-    unrolled<kRuns>([&](auto i) { signs[i] = from[2 * i], rows[i] = from[2 * i + 1]; });
-    return widen(look_up(stage.rows, rows) ^ look_up(stage.signs, signs));
-}
-
-inline H unpack(const Fine& stage, const uint8_t* from) {
-    uint64_t places[kRuns];
-    unrolled<kRuns>([&](auto i) { places[i] = from[i]; });
-    return widen(look_up(stage.points, places));
+// The runs of a chunk. Their codes are read at once: to read them one by one would take as long as all else.
+template <class Stage>
+inline void unpack(const Stage& stage, const uint8_t* from, H (&to)[kVectors]) {
+    uint64_t codes = 0;
+    std::memcpy(&codes, from, kColumns / 8 * Stage::bytes);
+    Run runs[kColumns / 8];
+    unrolled<kColumns / 8>([&](auto i) MODQ_INLINE { runs[i] = stage.template run<i>(codes); });
+    unrolled<kVectors>([&](auto v) MODQ_INLINE { to[v] = join(runs + v * kRuns); });
 }
 
 // Where the codes of a row lie. The last chunk may reach beyond the row: it is read from a copy.
@@ -141,6 +141,8 @@ void one_row(const Points<Second>& w, const FixedRows& x, int64_t first, int64_t
     constexpr bool two = Second::bytes > 0;
     const RowCodes<Lattice> codes(w.first, row, w.columns);
     const RowCodes<Second> residual(w.second, row, w.columns);
+    const Lattice lattice = w.first;  // copies, which nothing that is written can change
+    const Second finer_stage = w.second;
     const int64_t whole = w.columns / kColumns * kColumns, width = x.form.chunks * kColumns;
     const int16_t* values[M];
     const float* scales[M];
@@ -157,16 +159,18 @@ void one_row(const Points<Second>& w, const FixedRows& x, int64_t first, int64_t
         while (at < end) {
             if (at == whole) from = codes.rest, finer_from = residual.rest;
             const int64_t stop = at < whole && whole < end ? whole : end;
-            for (; at < stop; at += kColumns, from += codes.bytes, finer_from += residual.bytes)
-                unrolled<kVectors>([&](auto v) {
-                    const int64_t run = v * kRuns, start = at + v * 2 * W;
-                    const H lanes = unpack(w.first, from + run * Lattice::bytes);
-                    unrolled<M>([&](auto i) { sums[i] = madd_to(sums[i], lanes, load<H>(values[i] + start)); });
-                    if constexpr (two) {
-                        const H fine = unpack(w.second, finer_from + run * Second::bytes);
-                        unrolled<M>([&](auto i) { finer[i] = madd_to(finer[i], fine, load<H>(values[i] + start)); });
-                    }
+            for (; at < stop; at += kColumns, from += codes.bytes, finer_from += residual.bytes) {
+                H lanes[kVectors], fine[kVectors];
+                unpack(lattice, from, lanes);
+                if constexpr (two) unpack(finer_stage, finer_from, fine);
+                unrolled<kVectors>([&](auto v) MODQ_INLINE {
+                    unrolled<M>([&](auto i) MODQ_INLINE {
+                        const H held = load<H>(values[i] + at + v * 2 * W);
+                        sums[i] = madd_to(sums[i], lanes[v], held);
+                        if constexpr (two) finer[i] = madd_to(finer[i], fine[v], held);
+                    });
                 });
+            }
         }
         unrolled<M>([&](auto i) {
             F found = to_float(sums[i]);

@@ -1,8 +1,9 @@
 """E8P codes on a CPU: what `csrc` does, called by ctypes. Without the library, all is plain torch.
 
-The point of a code c, times four and as 8 bytes, is `rows[c >> 8] ^ signs[c & 255]`. For the entries of A,
-times four, are 2, 6 or 10; held with +1 their two lowest bits are ones, and to negate one or to move it by −2
-flips the same bits in all of them. So two tables of 2 KiB stand for one of 512 KiB.
+The point of a code c, times four, is `rows[c >> 8] ^ signs[c & 255]`. For the entries of A, times four, are
+2, 6 or 10; held with +1 their two lowest bits are ones, and to negate one or to move it by −2 flips the
+same bits in all of them. So two tables of 4 KiB stand for one of a MiB. They hold 16 bits for each number,
+as instructions multiply them: to widen 8 bits takes longer than to read twice as much.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from modq.kernels.cpu import LibraryKernel
+from modq.kernels.cpu import DTYPES, LibraryKernel, Strided
 from modq.kernels.dispatch import SWITCH
 from modq.kernels.library import SUFFIX, load_library, why_missing
 from modq_quipsharp.constants import constant
-from modq_quipsharp.e8 import absolute_rows, e8p_points, e81b_points, e81b_table
+from modq_quipsharp.e8 import absolute_rows, e8p_points, e81b_points
 from modq_quipsharp.nearest import row_of_key
 
 if TYPE_CHECKING:
     from modq_quipsharp.codebooks import E8P, Coded
+    from modq_quipsharp.turn import Turn
 
 LIBRARY = Path(__file__).with_name(f"libmodq_quipsharp_cpu{SUFFIX}")
 
@@ -68,7 +70,7 @@ class _E8PKernel(LibraryKernel):
     def describe(self, layout: Coded, tensors: Mapping[str, Tensor]) -> Structure:
         points: Any = layout.points
         codes, residual = tensors["codes"], tensors.get("residual")
-        rows, signs = tables()
+        rows, signs, fine = tables()
         return _E8PWeight(
             *layout.shape,
             points.bits,
@@ -78,7 +80,7 @@ class _E8PKernel(LibraryKernel):
             0 if residual is None else residual.stride(0) * residual.element_size(),
             rows.data_ptr(),
             signs.data_ptr(),
-            e81b_table(_CPU).data_ptr(),
+            fine.data_ptr(),
             1 / points.residual_scale,
             layout.half,
         )
@@ -87,14 +89,65 @@ class _E8PKernel(LibraryKernel):
 E8P_KERNEL = _E8PKernel("modq_e8p")
 
 
-def tables() -> tuple[Tensor, Tensor]:
-    """Return what a code's upper and its lower byte stand for: rows (256,) and signs (256,), int64."""
+def tables() -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a code's upper and lower byte stand for, and the points of E81B: (256, 8) int16 each."""
     return (
-        constant("e8p rows", lambda: e8p_points()[::256].contiguous().view(torch.int64).flatten(), _CPU),
-        constant(
-            "e8p signs", lambda: (e8p_points()[:256] ^ e8p_points()[0]).view(torch.int64).flatten(), _CPU
-        ),
+        constant("e8p rows", lambda: e8p_points()[::256].short(), _CPU),
+        constant("e8p signs", lambda: (e8p_points()[:256] ^ e8p_points()[0]).short(), _CPU),
+        constant("e81b rows", lambda: e81b_points().short(), _CPU),
     )
+
+
+class _Turn(Structure):
+    """`modq_turn` of e8p.h."""
+
+    _fields_: ClassVar = [
+        ("size", c_int64),
+        ("k", c_int64),
+        ("offset", c_int64),
+        ("count", c_int64),
+        ("first", c_void_p),
+        ("scales", c_void_p),
+        ("factor", c_void_p),
+        ("unit", c_float),
+    ]
+
+
+def turn(side: Turn, x: Tensor, y: Tensor, transpose: bool) -> bool:
+    """Write to y, (m, width), what `Turn.apply` returns, or decline with False."""
+    opened, first = library(), side.rotation.first(torch.float32, x.device)
+    reference = os.environ.get(SWITCH) == "reference"
+    if opened is None or first is None or reference or not all(map(_is_covered, (x, y, side.scales))):
+        return False
+    x = x if x.stride(1) == 1 else x.contiguous()
+    factor = None if side.factor is None else side.factor.data_ptr()
+    scales = side.scales.data_ptr()
+    its = _Turn(
+        side.rotation.size,
+        len(first),
+        side.own.start,
+        len(side.scales),
+        first.data_ptr(),
+        scales,
+        factor,
+        side.unit,
+    )
+    status = _turn(opened)(byref(its), byref(Strided.of(x)), len(x), byref(Strided.of(y)), transpose)
+    if status:
+        raise MemoryError(f"modq_turn_apply returned status {status}: there is no memory for a row")
+    return True
+
+
+def _is_covered(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+    return plain and tensor.dtype in DTYPES
+
+
+@cache
+def _turn(opened: ctypes.CDLL) -> Any:
+    function = opened.modq_turn_apply
+    function.argtypes, function.restype = (c_void_p, c_void_p, c_int64, c_void_p, c_int32), c_int32
+    return function
 
 
 class _Search(Structure):

@@ -7,11 +7,11 @@
     y  = x · SU · U_n · Ŵᵀ · U_mᵀ · SV        forward     [M, n] -> [M, m]
     dx = g · SV · U_m · Ŵ  · U_nᵀ · SU        transpose   [M, m] -> [M, n]
 
-so only x, y and their gradients are rotated, O(n log n) for each row, and Ŵ is decoded by a kernel or by
-blocks. All of it is done in float32 whatever the dtype of x: rotations in half precision lose what the codes
-gained, and the product between them would round twice more. The kernel is told where x is half precision:
-then it holds the rotated numbers as integers of 15 bits with a scale for each 256. (On an accelerator a half
-precision product would be faster.)
+so only x, y and their gradients are rotated (see turn.py), O(n log n) for each row, and Ŵ is decoded by a
+kernel or by blocks. All of it is done in float32 whatever the dtype of x: rotations in half precision lose
+what the codes gained, and the product between them would round twice more. The kernel is told where x is
+half precision: then it holds the rotated numbers as integers of 15 bits with a scale for each 256. (On an
+accelerator a half precision product would be faster.)
 
 A layer may be some rows of a larger matrix that was quantized as one (`part_of`): U_m mixes all rows, so it
 holds all codes, computes all outputs and keeps its own.
@@ -38,6 +38,7 @@ from modq.spec import TensorSpec
 from modq_quipsharp.codebooks import E8P, Codebook, Coded, Grid
 from modq_quipsharp.options import Options
 from modq_quipsharp.rotation import Rotation
+from modq_quipsharp.turn import Turn, compute_dtype
 
 RESIDUAL_SCALES = {2: 1.0, 3: 2.04, 4: 3.45}
 """Of QuIP#'s codebooks, by bits."""
@@ -100,21 +101,13 @@ class Rotated:
 
     def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool) -> Tensor:
         """Multiply: x @ W.T, or x @ W if `transpose`; any leading dimensions, the dtype of x."""
-        compute = _compute_dtype(x.dtype)
-        before, after = self._scales(tensors, compute)
-        first, last = reversed(self.rotations())
+        outer, inner = self._turns(tensors)
         if transpose:
-            before, after, first, last = after, before, last, first
-        rows = x.reshape(-1, x.shape[-1]).to(compute) * before
-        if transpose and self.part_of:
-            rows = self._among_the_whole(rows)
-
+            outer, inner = inner, outer
         coded = Coded(self.whole, self.points, half=x.dtype in (torch.bfloat16, torch.float16))
-        y = coded.multiply(first.apply(rows, transpose=True), _codes(tensors), transpose)
-        y = last.apply(y)
-        if not transpose and self.part_of:
-            y = y[:, self.own]
-        return (y * after).to(x.dtype).reshape(*x.shape[:-1], after.shape[-1])
+        rows = inner.apply(x.reshape(-1, x.shape[-1]), compute_dtype(x.dtype), transpose=True)
+        y = outer.apply(coded.multiply(rows, _codes(tensors), transpose), x.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def dequantize(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice
@@ -124,8 +117,8 @@ class Rotated:
         The rotations mix all rows and all columns, so that all codes are decoded whatever the slice; held at
         once is the slice widened to whole rows or to whole columns, whichever is less.
         """
-        compute = _compute_dtype(dtype)
-        inputs, outputs = self._scales(tensors, compute)
+        compute = compute_dtype(dtype)
+        outputs, inputs = (turn.numbers(compute) for turn in self._turns(tensors))
         own = slice(self.own.start + rows.start, self.own.start + rows.stop)
         m, n = self.whole
         if not (rows.stop - rows.start) * (columns.stop - columns.start):
@@ -160,16 +153,13 @@ class Rotated:
             dense[:, part] = outer.apply(dense[:, part].T).T
         return dense
 
-    def _scales(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return SU, with all scalar factors in it, and SV."""
-        factor = tensors["scale"].to(dtype) * self.points.unit
-        return tensors["input_scales"].to(dtype) * factor, tensors["output_scales"].to(dtype)
-
-    def _among_the_whole(self, rows: Tensor) -> Tensor:
-        """Put the gradient of this layer's outputs among zeros for the others'."""
-        whole = rows.new_zeros((rows.shape[0], self.whole[0]))
-        whole[:, self.own] = rows
-        return whole
+    def _turns(self, tensors: Mapping[str, Tensor]) -> tuple[Turn, Turn]:
+        """Return A and B of W = A Ŵ Bᵀ: diag(SV) U_m, or some rows of it, and diag(SU · scale) U_n."""
+        m, n = self.rotations()
+        return (
+            Turn(m, tensors["output_scales"], None, 1.0, self.own),
+            Turn(n, tensors["input_scales"], tensors["scale"], self.points.unit, slice(0, n.size)),
+        )
 
 
 @lru_cache(maxsize=256)
@@ -185,7 +175,3 @@ def layout_of(shape: tuple[int, int], options: Options) -> Rotated:
 
 def _codes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in ("codes", "residual") if name in tensors}
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -82,9 +83,11 @@ class QuipSharp:
         return read_module(tensors, parts, config, FORMAT_VERSION)
 
 
+_rotated = lru_cache(maxsize=256)(Rotated)
+
+
 def _layout(qweight: QuantizedWeight) -> Rotated:
-    meta = dict(qweight.meta)
-    return Rotated(qweight.shape, **{**meta, "part_of": tuple(meta["part_of"])})
+    return _rotated(qweight.shape, **{**qweight.meta, "part_of": tuple(qweight.meta["part_of"])})
 
 
 def _as_whole(weight: Tensor, layout: Rotated) -> Tensor:

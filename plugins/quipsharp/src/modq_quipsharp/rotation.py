@@ -5,8 +5,8 @@ matrices that QuIP# takes from Sloane's tables, built here by their construction
 part of n. Entries are ±1/√n, the best that a rotation can do to spread a weight.
 
 For an n with no such K in the list, U = D ⊗ F/√(n/o), where o is the odd part of n and D the orthonormal
-Hartley matrix, D[i, j] = (cos(2πij/o) + sin(2πij/o)) / √o: symmetric, defined for every o, computed by FFT,
-and with entries below √(2/n). QuIP# has no fallback; such n are refused there.
+Hartley matrix, D[i, j] = (cos(2πij/o) + sin(2πij/o)) / √o: symmetric, defined for every o, with entries below
+√(2/n), computed by FFT where o is large. QuIP# has no fallback; such n are refused there.
 
 **kronecker** (QuIP, Chee et al. 2023, https://arxiv.org/abs/2307.13304): U = Q₁ ⊗ Q₂, both random
 orthogonal, of sizes a·b = n near each other: the prime factors of n at even and at odd places. The random
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from modq.errors import ShapeError
 from modq.layouts import hadamard_factors, hadamard_transform, kronecker
 from modq_quipsharp.constants import constant
 from modq_quipsharp.hadamard import SIZES, hadamard_matrix
+
+LARGEST_FIRST = 256
+"""The size up to which a Hartley matrix is multiplied by; from there on an FFT takes less time."""
 
 LARGEST_RANDOM = 4096
 """The size up to which a random factor is made: beyond, it would cost as much as the layer."""
@@ -50,40 +53,59 @@ class Rotation:
 
     def apply(self, x: Tensor, transpose: bool = False) -> Tensor:
         """Return U v, or Uᵀ v if `transpose`, for each vector v along the last dimension of x."""
-        if self.kind == "hadamard" and self._hadamard_size() is None:
-            return self._hartley(x)
-        factors = self._factors(x.dtype, x.device)
-        return kronecker(x, [factor.T for factor in factors] if transpose else factors)
-
-    def _hadamard_size(self) -> int | None:
-        odd = odd_part(self.size)
-        size = 1 if odd == 1 else 4 * odd
-        return size if size in SIZES and self.size % size == 0 else None
-
-    def _factors(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         if self.kind == "kronecker":
-            return [
+            factors = [
                 constant(
-                    ("random", k, place, self.seed), partial(_random, k, place, self.seed), device, dtype
+                    ("random", k, place, self.seed), partial(_random, k, place, self.seed), x.device, x.dtype
                 )
                 for place, k in enumerate(_near_halves(self.size))
             ]
-        size = self._hadamard_size() or 1
-        first = constant(
-            ("hadamard", size), lambda: hadamard_matrix(size).double() / math.sqrt(size), device, dtype
-        )
-        return [first, *hadamard_factors(self.size // size, dtype, device)]
+        else:
+            first = self.first(x.dtype, x.device)
+            if first is None:
+                return self._hartley(x)
+            factors = [first, *hadamard_factors(self.size // len(first), x.dtype, x.device)]
+        return kronecker(x, [factor.T for factor in factors] if transpose else factors)
+
+    def first(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Return the first factor (k, k) of U = first ⊗ F, F the Walsh-Hadamard matrix of size/k.
+
+        None where U is not of this kind, and for factors too large to multiply by.
+        """
+        if self.kind == "kronecker":
+            return None
+        name, k = _first_factor(self.size)
+        build = _hadamard if name == "hadamard" else _hartley_matrix
+        return constant((name, k), partial(build, k), device, dtype) if k <= LARGEST_FIRST else None
 
     def _hartley(self, x: Tensor) -> Tensor:
-        """Apply the fallback, which is its own transpose and inverse."""
+        """Apply the fallback by FFT; it is its own transpose and inverse."""
         odd = odd_part(self.size)
         spread = hadamard_transform(x.reshape(-1, odd, self.size // odd))
         return _hartley_transform(spread).reshape(x.shape)
 
 
+@cache
+def _first_factor(n: int) -> tuple[str, int]:
+    """Return which matrix stands before the Walsh-Hadamard matrix for vectors of n, and its size."""
+    odd = odd_part(n)
+    k = 1 if odd == 1 else 4 * odd
+    return ("hadamard", k) if k in SIZES and n % k == 0 else ("hartley", odd)
+
+
 def odd_part(n: int) -> int:
     """Return n without its factors of two."""
     return n // (n & -n)
+
+
+def _hadamard(k: int) -> Tensor:
+    return hadamard_matrix(k).double() / math.sqrt(k)
+
+
+def _hartley_matrix(odd: int) -> Tensor:
+    index = torch.arange(odd)
+    angle = (index[:, None] * index % odd).double() * (2 * math.pi / odd)
+    return (angle.cos() + angle.sin()) / math.sqrt(odd)
 
 
 def _hartley_transform(x: Tensor) -> Tensor:
