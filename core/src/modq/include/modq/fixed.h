@@ -89,6 +89,10 @@ struct FixedRows {
     }
 };
 
+// How many bytes before their use codes are asked for. Rows lie one after the other, but the hardware that would see that
+// stops at the end of a page.
+constexpr int64_t kAhead = 2048;
+
 constexpr int64_t kRows = 16;  // rows of weights whose codes stay in the cache for all rows of x
 
 // y = x Wᵀ, row by row of W: work(row, space, to, stride) sets to[i * stride] for each row i of x. `space` are
@@ -202,7 +206,9 @@ void add_whole_blocks(
     for (int64_t b = 0; b < blocks; ++b, codes += PER * C::bytes) {
         I sums[M][C::sums] = {};
         unrolled<PER>([&](auto p) MODQ_INLINE {
-            add_chunk(chunk, codes + p * C::bytes, x.values, (b * PER + p) * C::columns, sums);
+            constexpr int at = p * C::bytes, before = at - C::bytes;
+            if (p == 0 || at / 64 > before / 64) __builtin_prefetch(codes + at + kAhead);  // a new cache line
+            add_chunk(chunk, codes + at, x.values, (b * PER + p) * C::columns, sums);
         });
         add_block<M, C>(sums, x.scales, b, lane_scales, units, totals);
     }
