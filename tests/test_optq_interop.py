@@ -166,7 +166,9 @@ for folder, direct in json.loads(sys.argv[1]):
         if direct:
             model = GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, quantization_config=config, device_map="cpu", dtype=torch.float32
+            )
     except Exception as error:
         print("cannot load", folder, repr(error))
         raise
@@ -247,11 +249,24 @@ def test_what_gptqmodel_writes_is_a_base_here(tiny: Callable[..., Path], tmp_pat
     source = str(tiny("llama", torch.bfloat16))
     jobs = [(source, str(tmp_path / name), {"group_size": 32, **kind}) for name, kind in kinds.items()]
     run_peer(QUANTIZE, tmp_path, *jobs)
-    run_peer(LOAD, tmp_path, *((folder, True) for _, folder, _ in jobs))
+    in_float32 = [
+        folder for _, folder, config in jobs if "dynamic" not in config
+    ]  # which transformers does not know
+    run_peer(
+        LOAD,
+        tmp_path,
+        *((folder, True) for _, folder, _ in jobs),
+        *((folder, False) for folder in in_float32),
+    )
     for _, folder, config in jobs:
         model = taken(Path(folder), dtype=torch.float16)
         expected = load_file(f"{folder}/direct")
-        assert relative(logits(model), expected.pop("logits")) <= 1e-3, folder
+        # Half precision alone is 1e-3 from float64 here, with a dense model, too.
+        exact = logits(taken(Path(folder), dtype=torch.float64))
+        assert relative(logits(model), exact) <= 1.1 * relative(expected.pop("logits"), exact), folder
+        if folder in in_float32:
+            found = logits(taken(Path(folder), dtype=torch.float32))
+            assert relative(found, load_file(f"{folder}/hf")["logits"]) <= 1e-3, folder
         layers = dict(quantized_layers(model))
         assert expected.keys() == layers.keys()
         assert {layer.options.bits for layer in layers.values()} >= {config["bits"]}
