@@ -3,13 +3,15 @@
 import copy
 import pickle
 
+import pluggy
 import pytest
 import torch
 from torch import nn
 
 import modq
 from modq.errors import DtypeError, ShapeError
-from modq.op import make_handle, stored, stored_specs, unstored
+from modq.op import first_result, make_handle, stored, stored_specs, unstored
+from modq.spec import PROJECT, hookimpl
 
 # torch's own functorch warns of its internals under inductor; nothing of ours is meant
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
@@ -196,3 +198,40 @@ def test_stored_tensors_are_bytes_where_they_were_floats(kind):
     assert not any(tensor.is_floating_point() for tensor in held.values())
     assert {n: modq.TensorSpec(tuple(t.shape), t.dtype) for n, t in held.items()} == stored_specs(specs)
     assert all(held[name].data_ptr() == tensor.data_ptr() for name, tensor in q.tensors.items())
+
+
+class _Hooks:
+    @pluggy.HookspecMarker(PROJECT)(firstresult=True)
+    def answer(self, x, y):
+        """Answer, or decline with None."""
+
+
+class _Large:
+    @hookimpl
+    def answer(self, y):
+        return y if y > 10 else None
+
+
+class _Fallback:
+    @hookimpl(trylast=True)
+    def answer(self, x, y):
+        return -x - y
+
+
+class _Wrapper:
+    @hookimpl(wrapper=True)
+    def answer(self):
+        answer = yield
+        return None if answer is None else 2 * answer
+
+
+@pytest.mark.parametrize("plugins", [(_Fallback,), (_Large, _Fallback), (_Large,), (_Fallback, _Wrapper)])
+def test_hooks_are_called_as_pluggy_calls_them(plugins):
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(_Hooks)
+    for plugin in plugins:
+        manager.register(plugin())
+    hook = manager.hook.answer
+    for given in ({"x": 1, "y": 2}, {"x": 1, "y": 20}):
+        assert first_result(hook)(**given) == hook(**given)
+    assert (first_result(hook) is hook) == (_Wrapper in plugins)

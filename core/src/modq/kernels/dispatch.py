@@ -100,12 +100,13 @@ def multiply(layout: Layout, x: Tensor, tensors: Mapping[str, Tensor], transpose
     width, depth = (in_features, out_features) if transpose else (out_features, in_features)
     rows = x.reshape(-1, depth)
     y = x.new_empty((*x.shape[:-1], width))
+    out, count = y.view(-1, width), rows.shape[0]
     kernel = kernel_for(layout, tensors, x.dtype)
-    if kernel is not None and 0 < len(rows) <= _fused_rows(layout, kernel, rows, tensors, transpose):
+    if kernel is not None and 0 < count <= _fused_rows(layout, kernel, rows, tensors, transpose):
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        kernel.product(layout, rows, tensors, y.view(-1, width), transpose)
+        kernel.product(layout, rows, tensors, out, transpose)
     else:
-        multiply_by_blocks(layout, kernel, rows, tensors, y.view(-1, width), transpose)
+        multiply_by_blocks(layout, kernel, rows, tensors, out, transpose)
     return y
 
 
