@@ -258,7 +258,8 @@ class QuantLinear(nn.Linear):
         return torch.device("cpu") if held is None else held.device
 
     def _packed(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self._names]
+        held: dict[str, Any] = self._parameters  # nn.Module's own search takes a µs a tensor
+        return [held[name] for name in self._names]
 
     def _hold(self, tensors: Mapping[str, Tensor], handle: str) -> None:
         for name in ("weight", *self._names):

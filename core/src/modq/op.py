@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import pluggy
@@ -175,22 +175,17 @@ def _is_plain(x: Tensor) -> bool:
     )
 
 
-@cache
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
 def _autocast(x: Tensor) -> Tensor:
     """Do what autocast would: it does not look into custom ops."""
     device = x.device.type
-    if x.dtype == torch.float64 or not _has_autocast(device):
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return x
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Keep autocast out of a hook: inside, it would cast what a plugin multiplies in float32 on purpose."""
-    on = _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
