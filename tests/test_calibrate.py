@@ -21,7 +21,7 @@ import torch
 from commands import error_line, run
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import modq
 from modq.calibrate import stream
@@ -29,7 +29,7 @@ from modq.calibrate.engine import quantize_blocks
 from modq.calibrate.replay import Block, CalibrationError, Outputs, find_blocks, inside_blocks
 from modq.calibrate.texts import as_samples, text_samples
 from modq.cli import main
-from modq.errors import OptionError
+from modq.errors import CheckpointError, OptionError
 from modq.hf.quantizer import default_skips
 from modq.model import Recipe, quantized_layers
 from modq.model import plan_layers as plan_of
@@ -201,6 +201,18 @@ def test_the_report_has_the_error_in_both_norms(tiny_llama: Path, data: Path, tm
     error = weight - model.get_submodule(name).dequantize(torch.float32).double()
     expected = torch.sqrt(torch.trace(error @ hessian @ error.T) / torch.trace(weight @ hessian @ weight.T))
     assert report["layers"][name]["hessian_error"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_text_ends_with_sep_where_the_tokenizer_is_an_encoders(tiny_llama: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.sep_token, tokenizer.eos_token = tokenizer.eos_token, None
+    tokenizer.save_pretrained(tmp_path)
+    (ids,) = text_samples(["red blue"], load_tokenizer(str(tmp_path)), samples=1, length=3)
+    assert ids["input_ids"][0, -1] == tokenizer.sep_token_id
+    tokenizer.sep_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="has no eos_token; set one in its tokenizer_config"):
+        load_tokenizer(str(tmp_path))
 
 
 SUPPORTED = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "support")}

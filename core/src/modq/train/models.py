@@ -183,6 +183,8 @@ def load_tokenizer(source: str) -> Any:
             "is a file missing or damaged?"
         ) from error
     if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.sep_token  # what ends a text for BERT and its kin
+    if tokenizer.eos_token is None:
         raise CheckpointError(
             f"the tokenizer of {source!r} has no eos_token; set one in its tokenizer_config.json"
         )
