@@ -92,7 +92,19 @@ inline void store_words(void* at, U v) {
 #endif
 }
 
-inline F all(float value) { return F{} + value; }
+// Not F{} + value: that is an addition, since −0 + 0 is 0.
+inline F all(float value) {
+#if defined(__AVX512BW__)
+    return (F)_mm512_set1_ps(value);
+#elif defined(__AVX2__)
+    return (F)_mm256_set1_ps(value);
+#else
+    F v;
+    for (int i = 0; i < W; ++i) v[i] = value;
+    return v;
+#endif
+}
+
 inline F to_float(I v) { return __builtin_convertvector(v, F); }
 
 // a * b + c, rounded once where the machine can.
