@@ -8,7 +8,8 @@ seeds:
     SE over examples = std_i(mean_s d_si) / sqrt(n)     what another test set would change
 
 A difference counts if it exceeds 1.96 SE over examples, or the t quantile (95 %, k - 1 degrees of freedom)
-times the SE over seeds; "no difference beyond noise" is only said if it exceeds neither.
+times the SE over seeds; "no difference beyond noise" is only said if it exceeds neither. If it exceeds but
+one, the report says which: another training may turn round what only the examples say.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ class Difference:
     seeds: int
 
     @property
-    def stands_out(self) -> bool:
-        """Whether either standard error calls it a difference."""
+    def exceeds(self) -> list[str]:
+        """Which standard errors call it a difference."""
         by_examples = abs(self.mean) > NORMAL * self.example_stderr
         by_seeds = abs(self.mean) > STUDENT.get(self.seeds, math.inf) * self.seed_stderr
-        return by_examples or by_seeds
+        return ["examples"] * by_examples + ["seeds"] * by_seeds
 
 
 def differences(runs: Sequence[Runs]) -> list[Difference]:
@@ -145,12 +146,12 @@ def _difference_table(found: Sequence[Difference]) -> str:
 
 
 def _sentence(each: Difference) -> str:
-    if each.stands_out:
+    if each.exceeds:
         better = (each.mean > 0) == (each.metric == "accuracy")
         word = "better" if better else "worse"
-        return (
-            f"{each.metric}: {each.ours} is {word} than {each.against} by {abs(each.mean):.2g}, beyond noise"
-        )
+        only = "" if len(each.exceeds) == 2 else f" over {each.exceeds[0]} only"
+        by = f"by {abs(each.mean):.2g}, beyond noise{only}"
+        return f"{each.metric}: {each.ours} is {word} than {each.against} {by}"
     unseen = NORMAL * each.example_stderr
     return (
         f"{each.metric}: no difference beyond noise between {each.ours} and {each.against}"
@@ -175,4 +176,4 @@ def _learned(runs: Sequence[Runs]) -> str:
 
 def summary(runs: Sequence[Runs]) -> dict[str, Any]:
     """Return the differences as JSON, for the results."""
-    return {"differences": [{**asdict(each), "stands_out": each.stands_out} for each in differences(runs)]}
+    return {"differences": [{**asdict(each), "stands_out": bool(each.exceeds)} for each in differences(runs)]}
