@@ -1,4 +1,4 @@
-// E8P codes: decoding, and products with few rows. Points are held times four, as int8: the plugin's unit.
+// E8P codes: decoding, and products with few rows. Points are held times four, as int16: the plugin's unit.
 #include "../e8p.h"
 #include "modq/fixed.h"
 

@@ -56,8 +56,8 @@ void transform(float* numbers, int64_t size) {
             for (int64_t i = start; i < start + half; i += W) butterfly(numbers + i, numbers + i + half);
 }
 
-// to[i] = Σ first[i][j] from[j] for lines of `size` numbers; with `transpose`, first[j][i]. Columns from `begin`
-// on, COLUMNS vectors wide, and LINES of the lines from i on.
+// to[i] = Σ first[i][j] from[j] for lines of `size` numbers; with `transpose`, first[j][i]. COLUMNS vectors of a line,
+// and LINES of the lines from i on.
 template <int LINES, int COLUMNS>
 inline void mix(const modq_turn& it, bool transpose, int64_t i, int64_t size, const float* from, float* to) {
     F sums[LINES][COLUMNS] = {};

@@ -113,13 +113,15 @@ class _Turn(Structure):
     ]
 
 
-def turn(side: Turn, x: Tensor, y: Tensor, transpose: bool) -> bool:
-    """Write to y, (m, width), what `Turn.apply` returns, or decline with False."""
+def turn(side: Turn, x: Tensor, dtype: torch.dtype, transpose: bool) -> Tensor | None:
+    """Do what `Turn.apply` does, or decline with None."""
     opened, first = library(), side.rotation.first(torch.float32, x.device)
     reference = os.environ.get(SWITCH) == "reference"
-    if opened is None or first is None or reference or not all(map(_is_covered, (x, y, side.scales))):
-        return False
+    covered = dtype in DTYPES and _is_covered(x) and _is_covered(side.scales)
+    if opened is None or first is None or reference or not covered:
+        return None
     x = x if x.stride(1) == 1 else x.contiguous()
+    y = x.new_empty((len(x), side.rotation.size if transpose else len(side.scales)), dtype=dtype)
     factor = None if side.factor is None else side.factor.data_ptr()
     scales = side.scales.data_ptr()
     its = _Turn(
@@ -132,22 +134,16 @@ def turn(side: Turn, x: Tensor, y: Tensor, transpose: bool) -> bool:
         factor,
         side.unit,
     )
-    status = _turn(opened)(byref(its), byref(Strided.of(x)), len(x), byref(Strided.of(y)), transpose)
+    call = _function(opened, "modq_turn_apply", c_int32)
+    status = call(byref(its), byref(Strided.of(x)), len(x), byref(Strided.of(y)), transpose)
     if status:
         raise MemoryError(f"modq_turn_apply returned status {status}: there is no memory for a row")
-    return True
+    return y
 
 
 def _is_covered(tensor: Tensor) -> bool:
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
     return plain and tensor.dtype in DTYPES
-
-
-@cache
-def _turn(opened: ctypes.CDLL) -> Any:
-    function = opened.modq_turn_apply
-    function.argtypes, function.restype = (c_void_p, c_void_p, c_int64, c_void_p, c_int32), c_int32
-    return function
 
 
 class _Search(Structure):
@@ -179,17 +175,18 @@ def nearest(codebook: E8P, x: Tensor) -> tuple[Tensor, Tensor] | None:
         constant("e81b norms", lambda: fine.square().sum(1), _CPU).data_ptr(),
         codebook.residual_scale,
     )
-    status = _nearest(opened)(byref(search), x.data_ptr(), len(x), points.data_ptr(), codes.data_ptr())
+    call = _function(opened, "modq_e8p_nearest", c_void_p)
+    status = call(byref(search), x.data_ptr(), len(x), points.data_ptr(), codes.data_ptr())
     if status:
         raise RuntimeError(f"modq_e8p_nearest returned status {status}, expected 0")
     return points, codes
 
 
 @cache
-def _nearest(opened: ctypes.CDLL) -> Any:
-    """Return the function with its arguments declared: ctypes would pass int as 32 bits."""
-    function = opened.modq_e8p_nearest
-    function.argtypes, function.restype = (c_void_p, c_void_p, c_int64, c_void_p, c_void_p), c_int32
+def _function(opened: ctypes.CDLL, name: str, last: Any) -> Any:
+    """Return a function with its arguments declared: ctypes would pass int as 32 bits."""
+    function = getattr(opened, name)
+    function.argtypes, function.restype = (c_void_p, c_void_p, c_int64, c_void_p, last), c_int32
     return function
 
 

@@ -35,9 +35,8 @@ class Turn:
             x: (m, size), or (m, number of scales) if `transpose`.
             dtype: of what is returned.
         """
-        width = self.rotation.size if transpose else len(self.scales)
-        y = x.new_empty((len(x), width), dtype=dtype)
-        return y if cpu.turn(self, x, y, transpose) else self._apply_reference(x, transpose).to(dtype)
+        y = cpu.turn(self, x, dtype, transpose)
+        return self._apply_reference(x, transpose).to(dtype) if y is None else y
 
     def _apply_reference(self, x: Tensor, transpose: bool) -> Tensor:
         """Do it in plain torch."""
