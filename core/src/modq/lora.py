@@ -16,6 +16,9 @@ products in bfloat16 are some 30 times slower where the processor has no instruc
 mask are a sixteenth of a bfloat16 X. To draw them again from a saved state of the generator would save these,
 and cost 20 ns an entry.
 
+Thin products take B as (r, out), and give dB so: with r as the last dimension, a CPU's GEMM takes up to three
+times as long.
+
 The backward pass is made of operations that autograd knows, so gradients of gradients are right, too. The
 node is not for torch.compile: a compiler sees the products of PEFT's own forward and decides what to keep.
 """
@@ -117,7 +120,8 @@ class _LoraLinear(torch.autograd.Function):
             terms = _terms(ctx.node, adapters, masks)
             sums = _sums(terms, needs)
             _differentiate(terms, _rows(grad), x, None if dx is None else _rows(dx), sums)
-        found = (None if s is None else s.to(a.dtype) for s, a in zip(sums, adapters, strict=True))
+        downs, ups = sums[: len(terms)], [None if s is None else s.T.contiguous() for s in sums[len(terms) :]]
+        found = (None if s is None else s.to(a.dtype) for s, a in zip(downs + ups, adapters, strict=True))
         return dx, dbias, None, *found
 
 
@@ -148,7 +152,7 @@ class _Term(NamedTuple):
     """What an adapter adds, in the dtype to compute in."""
 
     down: Tensor  # (r, in)
-    up: Tensor  # (out, r)
+    up: Tensor  # (r, out): Bᵀ
     scale: float  # with the factor of dropout
     mask: Tensor | None  # (rows, in) as bools, or in bits
 
@@ -161,7 +165,7 @@ class _Term(NamedTuple):
 
 def _terms(node: _Node, adapters: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[_Term]:
     cast = [adapter.to(node.dtype) for adapter in adapters]
-    downs, ups = cast[: len(masks)], cast[len(masks) :]
+    downs, ups = cast[: len(masks)], [up.T.contiguous() for up in cast[len(masks) :]]
     scales = [scale / (1 - p) for scale, p in zip(node.scales, node.dropouts, strict=True)]
     return [_Term(*parts) for parts in zip(downs, ups, scales, masks, strict=True)]
 
@@ -173,7 +177,7 @@ def _add_adapters(y: Tensor, x: Tensor, terms: Sequence[_Term]) -> None:
         # [rows, in] @ [in, r] -> [rows, r]
         thin = [(_drop(wide, term.kept(block)) @ term.down.T).mul_(term.scale) for term in terms]
         # [rows, r] @ [r, out] -> [rows, out]
-        _add_products(y[block], [(u, term.up.T, None) for u, term in zip(thin, terms, strict=True)])
+        _add_products(y[block], [(u, term.up, None) for u, term in zip(thin, terms, strict=True)])
 
 
 def _differentiate(
@@ -182,7 +186,7 @@ def _differentiate(
     """Add to dx what comes through the adapters, and to the sums, dA of each and then dB of each."""
     for block in _blocks(terms, grad, x, dx):
         g = grad[block].to(terms[0].up.dtype)
-        thin = [(g @ term.up).mul_(term.scale) for term in terms]  # [rows, out] @ [out, r] -> [rows, r]
+        thin = [(g @ term.up.T).mul_(term.scale) for term in terms]  # [rows, out] @ [out, r] -> [rows, r]
         kept = [term.kept(block) for term in terms]
         if dx is not None:
             # [rows, r] @ [r, in] -> [rows, in]
@@ -200,11 +204,12 @@ def _add_gradients(
     if down is not None:
         down.add_(v.T @ x)  # [r, rows] @ [rows, in] -> [r, in]
     if up is not None:
-        up.add_(grad.T @ (x @ term.down.T).mul_(term.scale))  # [out, rows] @ [rows, r] -> [out, r]
+        u = (x @ term.down.T).mul_(term.scale)  # [rows, in] @ [in, r] -> [rows, r]
+        up.add_(u.T @ grad)  # [r, rows] @ [rows, out] -> [r, out]
 
 
 def _sums(terms: Sequence[_Term], needs: Sequence[bool]) -> list[Tensor | None]:
-    """Return zeros for the gradients that are needed, in float32 or better."""
+    """Return zeros for the gradients that are needed, shaped as in the terms, in float32 or better."""
     factors = [term.down for term in terms] + [term.up for term in terms]
     dtype = torch.promote_types(factors[0].dtype, torch.float32)
     return [
@@ -232,7 +237,7 @@ def _blocks(terms: Sequence[_Term], *tensors: Tensor | None) -> Iterator[slice]:
     if len(dtypes) == 1 and all(term.mask is None for term in terms):
         step = count
     else:
-        step = BLOCK_ELEMENTS // max(terms[0].down.shape[1], terms[0].up.shape[0])
+        step = BLOCK_ELEMENTS // max(terms[0].down.shape[1], terms[0].up.shape[1])
     return (slice(start, start + step) for start in range(0, count, max(1, step)))
 
 
