@@ -81,7 +81,7 @@ def test_every_layout_has_the_kernel_that_serves_it_on_each_device() -> None:
     states = {state.name: state for state in found.backends}
     assert states["nf4"].layouts == ("Codebook",)
     assert states["hqq"].layouts == ("Affine",)
-    assert states["hqq"].products == "its matmul hook"
+    assert states["hqq"].products == "its layout"
 
 
 def test_the_page_shows_all_of_it() -> None:

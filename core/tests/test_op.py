@@ -9,8 +9,12 @@ import torch
 from torch import nn
 
 import modq
+from modq import op
 from modq.errors import DtypeError, ShapeError
+from modq.kernels.cpu import LibraryKernel
+from modq.kernels.library import library
 from modq.op import first_result, make_handle, stored, stored_specs, unstored
+from modq.registry import load
 from modq.spec import PROJECT, hookimpl
 
 # torch's own functorch warns of its internals under inductor; nothing of ours is meant
@@ -77,6 +81,50 @@ def test_eager_saves_nothing_but_references_to_the_packed_tensors(kind):
     saved = saved_tensors(lambda: q(x))
     assert saved
     assert {tensor.data_ptr() for tensor in saved} <= own
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 5])
+@torch.no_grad()
+def test_few_rows_give_the_bits_that_the_hook_gives(kind, rows, dtype, generator, monkeypatch):
+    monkeypatch.setenv("MODQ_FUSED_ROWS", "16")
+    q = layer(kind, bias=False)
+    for x in torch.randn(3, rows, 1, 60, generator=generator).to(dtype):
+        want = load(kind[0]).matmul(x=x, qweight=q.quantized_weight, transpose=False)
+        assert torch.equal(q(x), want)
+        torch.testing.assert_close(q(x.expand(rows, 2, 60)), want.expand(rows, 2, 62))
+
+
+@pytest.mark.skipif(library() is None, reason="no compiled kernels here")
+@torch.no_grad()
+def test_what_few_rows_take_is_looked_up_once_for_each_weight(generator, monkeypatch):
+    looked_up = []
+    bind = LibraryKernel.bind
+    monkeypatch.setattr(LibraryKernel, "bind", lambda *given: looked_up.append(given) or bind(*given))
+    monkeypatch.setattr(op, "MOST_BOUND", 3)
+    op._resolve.cache_clear()
+    layers = [layer(("toy-affine", {})) for _ in range(2)]
+    x = torch.randn(1, 60, generator=generator)
+    for _ in range(3):
+        for each in layers:
+            assert torch.allclose(each(x), x @ each.dequantize().T + each.bias, atol=1e-5)
+    assert len(looked_up) == 2
+    for seed in range(8):  # tensors come and go, at new addresses and at old ones
+        weight = torch.randn(62, 60, generator=torch.Generator().manual_seed(seed))
+        layers[0].requantize_(weight)
+        assert torch.allclose(layers[0](x), x @ layers[0].dequantize().T + layers[0].bias, atol=1e-5)
+        assert len(op._resolve(layers[0].handle)._bound) <= 3
+
+
+@torch.no_grad()
+def test_without_kernels_few_rows_are_multiplied_by_the_reference(generator, monkeypatch):
+    monkeypatch.setenv("MODQ_KERNELS", "reference")
+    op._resolve.cache_clear()
+    q = layer(("toy-affine", {}), bias=False)
+    x = torch.randn(1, 60, generator=generator)
+    assert torch.allclose(q(x), x @ q.dequantize().T, atol=1e-5)
+    assert set(op._resolve(q.handle)._bound.values()) == {None}
+    op._resolve.cache_clear()
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -149,7 +149,7 @@ def test_five_kinds_of_broken_plugin_are_listed_while_nf4_keeps_working(declare:
         "raises": (Status.BROKEN, "ImportError: no such library"),
         "exits": (Status.BROKEN, "SystemExit: 3"),
         "wrong": (Status.BROKEN, "fake_wrong:INFO is a dict, expected a modq.QuantizerInfo"),
-        "future": (Status.INCOMPATIBLE, "needs plugin API 2.0, this modq has 1.0; update whichever is older"),
+        "future": (Status.INCOMPATIBLE, "needs plugin API 2.0, this modq has 1.1; update whichever is older"),
         "clash": (Status.CONFLICT, "declared by fake-clash-one, fake-clash-two; uninstall all but one"),
         "nf4": (Status.OK, ""),
     }

@@ -278,9 +278,11 @@ def _state(backend: Backend, *, loadable: bool) -> BackendState:
 
 
 def _products(name: str) -> str:
-    """Say who multiplies: the plugin's own hook, or the core in its place."""
-    own = [hook for hook in load(name).matmul.get_hookimpls() if not hook.trylast]
-    return "its matmul hook" if own else "the core, from its dequantize hook by blocks"
+    """Say who multiplies: the plugin's own hook, its layout, or the core in its place."""
+    hooks = load(name)
+    if any(not hook.trylast for hook in hooks.matmul.get_hookimpls()):
+        return "its matmul hook"
+    return "its layout" if hooks.layout.get_hookimpls() else "the core, from its dequantize hook by blocks"
 
 
 def _layouts_of(backend: Backend) -> tuple[str, ...]:

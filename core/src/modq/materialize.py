@@ -21,7 +21,7 @@ import pluggy
 import torch
 from torch import Tensor
 
-from modq.spec import QuantizedWeight, hookimpl
+from modq.spec import Layout, QuantizedWeight, hookimpl
 
 BLOCK_ELEMENTS = 1 << 19
 """Weights in a block. A block and what decoding it takes should stay in the cache: see docs/log.md."""
@@ -116,8 +116,10 @@ class Fallback:
 
     @hookimpl(trylast=True)
     def matmul(self, x: Tensor, qweight: QuantizedWeight, transpose: bool) -> Tensor:
-        """Dequantize by blocks."""
-
+        """Multiply by the plugin's layout; without one, dequantize by blocks."""
+        layout: Layout | None = self._hooks.layout(shape=qweight.shape, meta=qweight.meta)
+        if layout is not None:
+            return layout.matmul(x, qweight.tensors, transpose)
         dtype = gemm_dtype(x)
 
         def dequantize_block(rows: slice, columns: slice) -> Tensor:

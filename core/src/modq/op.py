@@ -27,11 +27,17 @@ from torch import Tensor
 
 from modq.errors import DtypeError, ShapeError
 from modq.registry import check_format_version, load
-from modq.spec import QuantizedWeight, TensorSpec
+from modq.spec import FewRows, Layout, QuantizedWeight, TensorSpec
 
 _HELD = (torch.uint8, torch.int8, torch.int32, torch.int64)
 """What packed tensors may be held in. Floats would follow dtype moves; other integers no collective of gloo
 or NCCL takes, so a model that holds them trains in one process only."""
+
+FEW = 4
+"""Rows of x that are few on every machine: what looking up takes then counts."""
+
+MOST_BOUND = 4096
+"""Layers of one kind whose products are kept looked up."""
 
 _SCHEMA = "(Tensor x, Tensor[] tensors, str handle) -> Tensor"
 
@@ -51,7 +57,8 @@ def multiply(x: Tensor, tensors: Sequence[Tensor], handle: str, transpose: bool 
     Raises:
         ShapeError, DtypeError: if `x` does not fit.
     """
-    x = _autocast(x)
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        x = _autocast(x)
     if _is_plain(x):
         return _product(x, list(tensors), handle, transpose)
     product: Tensor = (_linear_backward if transpose else _linear)(x, list(tensors), handle)
@@ -115,6 +122,39 @@ class _Kind:
         self.hooks: pluggy.HookRelay = load(self.backend)
         self.matmul = first_result(self.hooks.matmul)
         check_format_version(self.backend, self.format_version)
+        fallback_only = all(each.trylast for each in self.hooks.matmul.get_hookimpls())
+        self._layout: Layout | None = (
+            self.hooks.layout(shape=self.shape, meta=self.meta) if fallback_only else None
+        )
+        self._bound: dict[tuple[Any, ...], FewRows | None] = {}
+
+    def few_rows(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
+        """Return x @ Ŵ.T for a few rows on a CPU, or None if this is something else.
+
+        What such a product takes is looked up once for each layer: to do so each time takes as long as the
+        product itself, since the weights that stream past leave none of it in the caches. What was looked up
+        is kept by the addresses of the tensors: it holds numbers only, as good for the next tensors there.
+        """
+        out_features, in_features = self.shape
+        if (
+            self._layout is None
+            or type(x) is not Tensor
+            or not x.is_cpu
+            or not 0 < x.numel() <= FEW * in_features
+            or not x.is_contiguous()
+        ):
+            return None
+        key = (x.dtype, *[tensor.data_ptr() for tensor in tensors])
+        if key not in self._bound:
+            if len(self._bound) >= MOST_BOUND:
+                self._bound.clear()
+            self._bound[key] = self._layout.few_rows(self.qweight(tensors).tensors, x.dtype)
+        product = self._bound[key]
+        if product is None:
+            return None
+        y = x.new_empty((*x.shape[:-1], out_features))
+        product(x.data_ptr(), y.data_ptr(), x.numel() // in_features)
+        return y
 
     def qweight(self, tensors: Sequence[Tensor]) -> QuantizedWeight:
         named = {
@@ -206,8 +246,11 @@ def _product(x: Tensor, tensors: list[Tensor], handle: str, transpose: bool) -> 
     if not x.numel():  # an expert that no token came to; not all kernels take it
         return x.new_empty((*x.shape[:-1], width))
     kind = _resolve(handle)
+    y = None if transpose else kind.few_rows(x, tensors)
+    if y is not None:
+        return y
     with without_autocast(x.device):
-        y: Tensor = kind.matmul(x=x, qweight=kind.qweight(tensors), transpose=transpose)
+        y = kind.matmul(x=x, qweight=kind.qweight(tensors), transpose=transpose)
     return _own(y)
 
 

@@ -11,7 +11,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor, device, dtype, nn
 
-API_VERSION = (1, 0)
+API_VERSION = (1, 1)
 """(major, minor) of this contract: a plugin is usable if the majors match and its minor is not above ours."""
 
 PROJECT = "modq"
@@ -181,6 +181,23 @@ class BlockResult:
     dense_tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+FewRows: TypeAlias = Callable[[int, int, int], None]
+"""(address of x, address of out, rows): a product of contiguous rows, with all else looked up before."""
+
+
+class Layout(Protocol):
+    """How weights lie in tensors, and the product with them: from `modq.layouts`, or a plugin's own."""
+
+    def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool) -> Tensor:
+        """Return what the hook `matmul` would."""
+
+    def few_rows(self, tensors: Mapping[str, Tensor], dtype: dtype) -> FewRows | None:
+        """Return what multiplies up to 4 rows, x @ Ŵ.T in `dtype`, by these tensors on a CPU; None declines.
+
+        It may hold addresses of the tensors, which it is not called without, but nothing read from them.
+        """
+
+
 class Quantizer:
     """The hookspec. Each backend has a plugin manager of its own, so every hook is first-result.
 
@@ -210,6 +227,13 @@ class Quantizer:
     @_hookspec(firstresult=True)
     def matmul(self, x: Tensor, qweight: QuantizedWeight, transpose: bool) -> Tensor | None:
         """Optional. `x @ Ŵ.T`, or `x @ Ŵ` if `transpose`: (..., in) -> (..., out) or back. None declines."""
+
+    @_hookspec(firstresult=True)
+    def layout(self, shape: tuple[int, int], meta: Mapping[str, JSON]) -> Layout | None:
+        """Optional, instead of `matmul`. The layout of all weights of this shape and meta.
+
+        The core calls it directly, and looks up once a layer what a product of few rows takes.
+        """
 
     @_hookspec(firstresult=True)
     def quantize_block(

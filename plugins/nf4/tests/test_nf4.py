@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import modq
 from modq.errors import WeightError
 from modq.spec import QuantizedWeight
 from modq_nf4 import INFO, tables
@@ -92,8 +93,8 @@ def test_slices_equal_the_whole_and_products_use_the_matrix(options: Options) ->
     whole = dense(qweight)
     assert torch.equal(nf4.dequantize(qweight, torch.float32, slice(5, 40), slice(7, 59)), whole[5:40, 7:59])
     x, y = gaussian(2, 60, seed=1), gaussian(2, 63, seed=2)
-    torch.testing.assert_close(nf4.matmul(x, qweight, False), x @ whole.T)
-    torch.testing.assert_close(nf4.matmul(y, qweight, True), y @ whole)
+    torch.testing.assert_close(modq.matmul(x, qweight), x @ whole.T)
+    torch.testing.assert_close(modq.matmul(y, qweight, transpose=True), y @ whole)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

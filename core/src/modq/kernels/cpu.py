@@ -19,6 +19,7 @@ from modq.kernels.library import isa, library, why_missing
 from modq.layouts.affine import Affine
 from modq.layouts.codebook import Codebook
 from modq.layouts.vector import VectorCodebook
+from modq.spec import FewRows
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes of activations and scales that kernels take, by their numbers in tensors.h."""
@@ -73,6 +74,17 @@ class LibraryKernel(ABC):
         weight = self.describe(layout, tensors)
         call = _function(self, "product")
         _check(call(byref(weight), byref(Strided.of(x)), x.shape[0], byref(Strided.of(out)), transpose))
+
+    def bind(self, layout: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> FewRows:
+        """Return `product`, not transposed, for contiguous x and out of this dtype."""
+        (width, depth), number = layout.shape, DTYPES[dtype]
+        weight, call = byref(self.describe(layout, tensors)), _function(self, "product")
+
+        def product(x: int, out: int, rows: int) -> None:
+            given, got = Strided(x, depth, number), Strided(out, width, number)
+            _check(call(weight, byref(given), rows, byref(got), False))
+
+        return product
 
     def dequantize(
         self, layout: Any, tensors: Mapping[str, Tensor], out: Tensor, rows: slice, columns: slice
@@ -134,6 +146,7 @@ class _CodebookWeight(Structure):
         ("scale_offset", c_void_p),
         ("nested_block_size", c_int64),
     ]
+    tables: tuple[Tensor, ...]  # what it has addresses of that is in no tensor of the weight
 
 
 class _Search(Structure):
@@ -149,18 +162,25 @@ class _CodebookKernel(LibraryKernel):
     def describe(self, layout: Codebook, tensors: Mapping[str, Tensor]) -> Structure:
         codes, nested = tensors["codes"], layout.nested
         common = (*layout.shape, layout.bits, layout.block_size, codes.data_ptr(), codes.stride(0))
-        table = _numbers(layout.table).data_ptr()
+        table = _numbers(layout.table)
         if nested is None:
-            return _CodebookWeight(*common, table, tensors["scales"].data_ptr(), None, None, None, 1)
-        return _CodebookWeight(
+            weight = _CodebookWeight(
+                *common, table.data_ptr(), tensors["scales"].data_ptr(), None, None, None, 1
+            )
+            weight.tables = (table,)
+            return weight
+        of_scales = _numbers(nested.table)
+        weight = _CodebookWeight(
             *common,
-            table,
+            table.data_ptr(),
             tensors["scale_scales"].data_ptr(),
             tensors["scale_codes"].data_ptr(),
-            _numbers(nested.table).data_ptr(),
+            of_scales.data_ptr(),
             tensors["scale_offset"].data_ptr(),
             nested.block_size,
         )
+        weight.tables = (table, of_scales)
+        return weight
 
     def encode(self, layout: Codebook, run: Tensor) -> tuple[Tensor, Tensor] | None:
         """Encode a flat run of float32 that starts with a block, or decline with None.

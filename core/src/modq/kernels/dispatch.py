@@ -20,8 +20,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from modq.kernels.crossing import fused_rows, timed, without_measuring
+from modq.kernels.crossing import SURELY_FUSED, fused_rows, timed, without_measuring
 from modq.materialize import BLOCK_ELEMENTS, gemm_dtype, multiply_blocks
+from modq.spec import FewRows
 
 SWITCH = "MODQ_KERNELS"
 
@@ -58,6 +59,14 @@ class Kernel(Protocol):
 
 
 @runtime_checkable
+class Binder(Protocol):
+    """A kernel whose product of few rows can be looked up in advance."""
+
+    def bind(self, layout: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> FewRows:
+        """Return `product`, not transposed, for contiguous x and out of this dtype."""
+
+
+@runtime_checkable
 class Encoder(Protocol):
     """A kernel that finds codes too."""
 
@@ -65,7 +74,7 @@ class Encoder(Protocol):
         """Encode a flat run, or decline with None: see `encoded`."""
 
 
-class Layout(Protocol):
+class Decodable(Protocol):
     """What a layout must be to be dispatched."""
 
     @property
@@ -86,7 +95,7 @@ class Layout(Protocol):
         """Return the dense slice in float32 or float64, in plain torch: the reference."""
 
 
-def kernel_for(layout: Layout, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Kernel | None:
+def kernel_for(layout: Decodable, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Kernel | None:
     """Return the kernel that computes with this weight in this dtype; None for the reference."""
     if os.environ.get(SWITCH) == "reference":
         return None
@@ -94,7 +103,7 @@ def kernel_for(layout: Layout, tensors: Mapping[str, Tensor], dtype: torch.dtype
     return next((kernel for kernel in candidates if kernel.covers(layout, tensors, dtype)), None)
 
 
-def multiply(layout: Layout, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool) -> Tensor:
+def multiply(layout: Decodable, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool) -> Tensor:
     """Multiply: x @ Ŵ.T, or x @ Ŵ if `transpose`; any leading dimensions, the dtype of x."""
     out_features, in_features = layout.shape
     width, depth = (in_features, out_features) if transpose else (out_features, in_features)
@@ -111,7 +120,7 @@ def multiply(layout: Layout, x: Tensor, tensors: Mapping[str, Tensor], transpose
 
 
 def _fused_rows(
-    layout: Layout, kernel: Kernel, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool
+    layout: Decodable, kernel: Kernel, x: Tensor, tensors: Mapping[str, Tensor], transpose: bool
 ) -> int:
     """Return up to how many rows the kernel's own product is used."""
     rows = x.shape[0]
@@ -130,8 +139,16 @@ def _fused_rows(
     return fused_rows(f"{kernel.provider} {layout.kind} {dtype} {direction}", seconds)
 
 
+def few_rows(layout: Decodable, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> FewRows | None:
+    """Return what `multiply` would do with a few contiguous rows of this dtype, or None."""
+    kernel = kernel_for(layout, tensors, dtype)
+    if not isinstance(kernel, Binder) or (without_measuring(SURELY_FUSED) or 0) < SURELY_FUSED:
+        return None
+    return kernel.bind(layout, tensors, dtype)
+
+
 def multiply_by_blocks(
-    layout: Layout,
+    layout: Decodable,
     kernel: Kernel | None,
     x: Tensor,
     tensors: Mapping[str, Tensor],
@@ -158,7 +175,7 @@ def multiply_by_blocks(
 
 
 def dequantized(
-    layout: Layout, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice
+    layout: Decodable, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice
 ) -> Tensor | None:
     """Return the dense slice as a kernel decodes it, or None where there is none for it."""
     kernel = kernel_for(layout, tensors, dtype)

@@ -14,7 +14,7 @@ from modq.spec import TensorSpec
 
 
 def dequantize(
-    layout: dispatch.Layout,
+    layout: dispatch.Decodable,
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype,
     rows: slice,

@@ -45,7 +45,7 @@ from modq.layouts.bitpack import (
     unpack_bits,
     unpack_bits_at,
 )
-from modq.spec import TensorSpec
+from modq.spec import FewRows, TensorSpec
 
 Zeros = Literal["symmetric", "integer", "float"]
 
@@ -144,6 +144,13 @@ class Affine:
             x = torch.empty_like(x).index_copy_(-1, tensors["position"].long(), x)
         y = dispatch.multiply(self, x, tensors, transpose)
         return y.index_select(-1, tensors["position"]) if self.permuted and transpose else y
+
+    def few_rows(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> FewRows | None:
+        """Return what multiplies a few rows by these tensors: see `modq.spec.Layout`."""
+        common.check_tensors(tensors, self._specs)
+        if self.permuted:  # x is to be gathered first
+            return None
+        return dispatch.few_rows(self, tensors, dtype)
 
     def decode(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice

@@ -40,7 +40,7 @@ from modq.kernels import dispatch
 from modq.layouts import _slices as common
 from modq.layouts.bitpack import decode_bits, pack_bits, packed_bytes, unpack_bits
 from modq.materialize import BLOCK_ELEMENTS
-from modq.spec import TensorSpec
+from modq.spec import FewRows, TensorSpec
 
 _BITS = {2: 1, 4: 2, 8: 3, 16: 4, 256: 8}
 """The code width for each length of a table."""
@@ -150,6 +150,11 @@ class Codebook:
         common.check_tensors(tensors, self._specs)
         common.check_input(x, self.shape, transpose)
         return dispatch.multiply(self, x, tensors, transpose)
+
+    def few_rows(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> FewRows | None:
+        """Return what multiplies a few rows by these tensors: see `modq.spec.Layout`."""
+        common.check_tensors(tensors, self._specs)
+        return dispatch.few_rows(self, tensors, dtype)
 
     def decode(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice

@@ -29,7 +29,7 @@ from torch import Tensor
 from modq.errors import OptionError, ShapeError
 from modq.kernels import dispatch
 from modq.layouts import _slices as common
-from modq.spec import TensorSpec
+from modq.spec import FewRows, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,11 @@ class VectorCodebook:
         common.check_tensors(tensors, self._specs)
         common.check_input(x, self.shape, transpose)
         return dispatch.multiply(self, x, tensors, transpose)
+
+    def few_rows(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> FewRows | None:
+        """Return what multiplies a few rows by these tensors: see `modq.spec.Layout`."""
+        common.check_tensors(tensors, self._specs)
+        return dispatch.few_rows(self, tensors, dtype)
 
     def decode(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice

@@ -8,6 +8,7 @@ INFO = QuantizerInfo(
     implementation="modq_hqq.quantizer:HQQ",
     options="modq_hqq.options:Options",
     bits=(1, 2, 3, 4, 8),
+    api=(1, 1),
     max_relative_error={1: 1.55, 2: 0.455, 3: 0.193, 4: 0.092, 8: 0.0055},
     formats=(
         Format(

@@ -83,6 +83,9 @@ class Grouped:
 
         return blockwise_matmul(x, dequantize_block, self.shape, transpose)
 
+    def few_rows(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Decline: there is no kernel for this layout."""
+
     def _decode(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice
     ) -> Tensor:

@@ -8,6 +8,7 @@ INFO = QuantizerInfo(
     implementation="modq_nf4.quantizer:NF4",
     options="modq_nf4.options:Options",
     bits=(4,),
+    api=(1, 1),
     max_relative_error={4: 0.13},
     formats=(
         Format(

@@ -40,9 +40,9 @@ class NF4:
         return _layout_of(qweight).dequantize(qweight.tensors, dtype, rows, columns)
 
     @hookimpl
-    def matmul(self, x: Tensor, qweight: QuantizedWeight, transpose: bool) -> Tensor:
-        """Multiply in either direction, a block of the weight at a time."""
-        return _layout_of(qweight).matmul(x, qweight.tensors, transpose)
+    def layout(self, shape: tuple[int, int], meta: Mapping[str, Any]) -> Codebook:
+        """Name the layout, which multiplies."""
+        return _layout(shape, Options(**meta))
 
     @hookimpl
     def import_layers(self, tensors: Mapping[str, Tensor]) -> Mapping[str, ImportedLayer]:

@@ -10,6 +10,7 @@ INFO = QuantizerInfo(
     implementation="modq_optq.quantizer:OPTQ",
     options="modq_optq.options:Options",
     bits=(2, 3, 4, 8),
+    api=(1, 1),
     calibration="hessian",
     max_relative_error={2: 0.62, 3: 0.27, 4: 0.125, 8: 0.0075},
     formats=(

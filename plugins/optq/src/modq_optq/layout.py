@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -22,7 +23,12 @@ def layout_of(shape: tuple[int, int], options: Options) -> Affine:
 
 def layout_in(qweight: QuantizedWeight) -> Affine:
     """Return the layout of a quantized weight."""
-    return _layout(qweight.shape, **qweight.meta)
+    return layout_by_meta(qweight.shape, qweight.meta)
+
+
+def layout_by_meta(shape: tuple[int, int], meta: Mapping[str, JSON]) -> Affine:
+    """Return the layout of weights of this shape and meta."""
+    return _layout(shape, **meta)
 
 
 def meta_of(options: Options) -> dict[str, JSON]:

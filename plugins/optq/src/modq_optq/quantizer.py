@@ -14,7 +14,7 @@ from modq.spec import Calibration, ImportedLayer, QuantizedWeight, TensorSpec, h
 from modq_optq import gptq
 from modq_optq.grid import Grid
 from modq_optq.hessian import checked_hessian, inverse_factor
-from modq_optq.layout import FORMAT_VERSION, layout_in, layout_of, meta_of, transposed
+from modq_optq.layout import FORMAT_VERSION, layout_by_meta, layout_in, layout_of, meta_of, transposed
 from modq_optq.options import Options
 from modq_optq.solve import Order, Solution, full_order, group_order, natural_order, solve
 
@@ -54,9 +54,9 @@ class OPTQ:
         return layout_in(qweight).dequantize(qweight.tensors, dtype, rows, columns)
 
     @hookimpl
-    def matmul(self, x: Tensor, qweight: QuantizedWeight, transpose: bool) -> Tensor:
-        """Multiply in either direction, a block of the weight at a time."""
-        return layout_in(qweight).matmul(x, qweight.tensors, transpose)
+    def layout(self, shape: tuple[int, int], meta: Mapping[str, Any]) -> Affine:
+        """Name the layout, which multiplies."""
+        return layout_by_meta(shape, meta)
 
     @hookimpl
     def import_layers(

@@ -8,6 +8,7 @@ INFO = QuantizerInfo(
     implementation="modq_quipsharp.quantizer:QuipSharp",
     options="modq_quipsharp.options:Options",
     bits=(2, 3, 4),
+    api=(1, 1),
     max_relative_error={2: 0.325, 3: 0.185, 4: 0.105},
     calibration="optional",
     multiple_of=(1, 8),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from modq.kernels.cpu import DTYPES, LibraryKernel, Strided
 from modq.kernels.dispatch import SWITCH
 from modq.kernels.library import SUFFIX, load_library, why_missing
+from modq.spec import FewRows
 from modq_quipsharp.constants import constant
 from modq_quipsharp.e8 import absolute_rows, e8p_points, e81b_points
 from modq_quipsharp.nearest import row_of_key
@@ -111,34 +112,59 @@ class _Turn(Structure):
         ("factor", c_void_p),
         ("unit", c_float),
     ]
+    matrix: Tensor  # what `first` is the address of
 
 
 def turn(side: Turn, x: Tensor, dtype: torch.dtype, transpose: bool) -> Tensor | None:
     """Do what `Turn.apply` does, or decline with None."""
-    opened, first = library(), side.rotation.first(torch.float32, x.device)
-    reference = os.environ.get(SWITCH) == "reference"
-    covered = dtype in DTYPES and _is_covered(x) and _is_covered(side.scales)
-    if opened is None or first is None or reference or not covered:
+    call = _turning(side) if _is_covered(x) and dtype in DTYPES else None
+    if call is None:
         return None
     x = x if x.stride(1) == 1 else x.contiguous()
     y = x.new_empty((len(x), side.rotation.size if transpose else len(side.scales)), dtype=dtype)
-    factor = None if side.factor is None else side.factor.data_ptr()
-    scales = side.scales.data_ptr()
+    call(Strided.of(x), len(x), Strided.of(y), transpose)
+    return y
+
+
+def bind_turn(side: Turn, given: torch.dtype, got: torch.dtype, *, transpose: bool) -> FewRows | None:
+    """Return what does so from contiguous rows of one dtype to those of another, or None."""
+    call = _turning(side) if given in DTYPES and got in DTYPES else None
+    if call is None:
+        return None
+    widths = side.rotation.size, len(side.scales)
+    to, of = widths if transpose else widths[::-1]
+
+    def apply(x: int, out: int, rows: int) -> None:
+        call(Strided(x, of, DTYPES[given]), rows, Strided(out, to, DTYPES[got]), transpose)
+
+    return apply
+
+
+def _turning(side: Turn) -> Callable[[Strided, int, Strided, bool], None] | None:
+    """Return the library's function for this side, or None where there is none or it is not to be used."""
+    opened, first = library(), side.rotation.first(torch.float32, side.scales.device)
+    reference = os.environ.get(SWITCH) == "reference"
+    if opened is None or first is None or reference or not _is_covered(side.scales):
+        return None
     its = _Turn(
         side.rotation.size,
         len(first),
         side.own.start,
         len(side.scales),
         first.data_ptr(),
-        scales,
-        factor,
+        side.scales.data_ptr(),
+        None if side.factor is None else side.factor.data_ptr(),
         side.unit,
     )
-    call = _function(opened, "modq_turn_apply", c_int32)
-    status = call(byref(its), byref(Strided.of(x)), len(x), byref(Strided.of(y)), transpose)
-    if status:
-        raise MemoryError(f"modq_turn_apply returned status {status}: there is no memory for a row")
-    return y
+    its.matrix = first
+    described, call = byref(its), _function(opened, "modq_turn_apply", c_int32)
+
+    def turn_rows(x: Strided, rows: int, y: Strided, transpose: bool) -> None:
+        status = call(described, byref(x), rows, byref(y), transpose)
+        if status:
+            raise MemoryError(f"modq_turn_apply returned status {status}: there is no memory for a row")
+
+    return turn_rows
 
 
 def _is_covered(tensor: Tensor) -> bool:

@@ -33,8 +33,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modq.kernels import dispatch
 from modq.materialize import BLOCK_ELEMENTS, blocks
-from modq.spec import TensorSpec
+from modq.spec import FewRows, TensorSpec
+from modq_quipsharp import cpu
 from modq_quipsharp.codebooks import E8P, Codebook, Coded, Grid
 from modq_quipsharp.options import Options
 from modq_quipsharp.rotation import Rotation
@@ -108,6 +110,25 @@ class Rotated:
         rows = inner.apply(x.reshape(-1, x.shape[-1]), compute_dtype(x.dtype), transpose=True)
         y = outer.apply(coded.multiply(rows, _codes(tensors), transpose), x.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def few_rows(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> FewRows | None:
+        """Return what `matmul` would do with a few rows of this dtype: see `modq.spec.Layout`."""
+        outer, inner = self._turns(tensors)
+        coded = Coded(self.whole, self.points, half=dtype in (torch.bfloat16, torch.float16))
+        turn = cpu.bind_turn(inner, dtype, torch.float32, transpose=True)
+        multiply = dispatch.few_rows(coded, _codes(tensors), torch.float32)
+        turn_back = cpu.bind_turn(outer, torch.float32, dtype, transpose=False)
+        if turn is None or multiply is None or turn_back is None:
+            return None
+        m, n = self.whole
+
+        def product(x: int, out: int, rows: int) -> None:
+            turned, y = (torch.empty(rows, width, dtype=torch.float32) for width in (n, m))
+            turn(x, turned.data_ptr(), rows)
+            multiply(turned.data_ptr(), y.data_ptr(), rows)
+            turn_back(y.data_ptr(), out, rows)
+
+        return product
 
     def dequantize(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: slice, columns: slice

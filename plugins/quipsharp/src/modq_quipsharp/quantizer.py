@@ -67,12 +67,12 @@ class QuipSharp:
     @hookimpl
     def dequantize(self, qweight: QuantizedWeight, dtype: torch.dtype, rows: slice, columns: slice) -> Tensor:
         """Decode all and rotate what the slice needs."""
-        return _layout(qweight).dequantize(qweight.tensors, dtype, rows, columns)
+        return _layout(qweight.shape, qweight.meta).dequantize(qweight.tensors, dtype, rows, columns)
 
     @hookimpl
-    def matmul(self, x: Tensor, qweight: QuantizedWeight, transpose: bool) -> Tensor:
-        """Multiply in either direction, rotating the activations."""
-        return _layout(qweight).matmul(x, qweight.tensors, transpose)
+    def layout(self, shape: tuple[int, int], meta: Mapping[str, JSON]) -> Rotated:
+        """Name the layout, which multiplies and rotates the activations."""
+        return _layout(shape, meta)
 
     @hookimpl
     def import_layers(
@@ -86,8 +86,8 @@ class QuipSharp:
 _rotated = lru_cache(maxsize=256)(Rotated)
 
 
-def _layout(qweight: QuantizedWeight) -> Rotated:
-    return _rotated(qweight.shape, **{**qweight.meta, "part_of": tuple(qweight.meta["part_of"])})
+def _layout(shape: tuple[int, int], meta: Mapping[str, JSON]) -> Rotated:
+    return _rotated(shape, **{**meta, "part_of": tuple(meta["part_of"])})
 
 
 def _as_whole(weight: Tensor, layout: Rotated) -> Tensor:

@@ -100,13 +100,14 @@ constexpr int64_t kRows = 16;  // rows of weights whose codes stay in the cache 
 template <class Work>
 Status by_rows(int64_t rows, int64_t m, int64_t numbers, Matrix y, Work work) {
     Status status = done;
-    parallel_for(0, (rows + kRows - 1) / kRows, 2, [&](int64_t begin, int64_t end) {
+    parallel_shares((rows + kRows - 1) / kRows, 2, [&](auto next_share) {
         Scratch<float> space(numbers), lines(m * kRows);
         if (!space || !lines) {
             __atomic_store_n(&status, out_of_memory, __ATOMIC_RELAXED);
             return;
         }
-        for (int64_t block = begin; block < end; ++block) {
+        for (int64_t block, end; next_share(&block, &end);)
+        for (; block < end; ++block) {
             int64_t row = block * kRows, stop = row + kRows < rows ? row + kRows : rows;
             for (int64_t r = row; r < stop; ++r) work(r, space.data(), lines.data() + (r - row), kRows);
             for (int64_t i = 0; i < m; ++i) y.write(i, row, stop - row, lines.data() + i * kRows);

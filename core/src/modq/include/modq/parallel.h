@@ -68,6 +68,23 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, Function&& function
     if (code != 0) throw std::runtime_error("torch_parallel_for failed");
 }
 
+// Calls function(next_share) on each thread; while next_share(&begin, &end) is true, it has a part of 0 to `count` to do.
+// Shares are taken as threads get ready for them, so one whose processor is taken away holds up the others little.
+template <class Function>
+void parallel_shares(int64_t count, int64_t least, Function&& function) {
+    constexpr int64_t kShares = 5;  // a thread's, if all are equally fast
+    const int64_t threads = num_threads(), even = count / (kShares * threads);
+    const int64_t share = even > least ? even : least;
+    std::atomic<int64_t> next{0};
+    const auto next_share = [&](int64_t* begin, int64_t* end) {
+        *begin = next.fetch_add(share, std::memory_order_relaxed);
+        *end = *begin + share < count ? *begin + share : count;
+        return *begin < count;
+    };
+    const int64_t shares = (count + share - 1) / share;
+    parallel_for(0, shares < threads ? shares : threads, 1, [&](int64_t, int64_t) { function(next_share); });
+}
+
 }  // namespace modq
 
 // Called once by Python when it loads the library; null for what this torch does not have.
