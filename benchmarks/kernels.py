@@ -52,6 +52,8 @@ class System:
     one_row: float | None = None
 
 
+_LLAMA = "llama.cpp's graph alone, x in place in float32, which it rounds to 8 bits"
+
 SYSTEMS: Mapping[str, System] = {
     "read": System("the sum of an int64 tensor of a bfloat16 weight's bytes", "read"),
     "dense-bf16": System("torch, weight and x in bfloat16", "dense"),
@@ -69,6 +71,9 @@ SYSTEMS: Mapping[str, System] = {
     "bitsandbytes-eval": System("the same, packed for its kernel of AVX512-BF16", "forward"),
     "hqq": System("4 bits, groups of 128, axis 1", "peer", "hqq"),
     "gptqmodel": System("4 bits, groups of 128, its kernel in torch", "peer", "gptqmodel"),
+    "llama-q4_0": System(f"Q4_0, repacked; {_LLAMA}", "forward", "llamacpp"),
+    "llama-q2_k": System(f"Q2_K; {_LLAMA}", "forward", "llamacpp"),
+    "llama-iq2_xxs": System(f"IQ2_XXS; {_LLAMA}", "forward", "llamacpp"),
     "quantize-modq-nf4": System("NF4, blocks of 64, double quantization", "quantize"),
     "quantize-bitsandbytes": System("NF4, blocks of 64, double quantization", "quantize"),
     "quantize-modq-hqq": System("4 bits, groups of 64, axis 1, float16 scales", "quantize"),

@@ -24,8 +24,18 @@ FEW_TARGETS: Mapping[str, Mapping[int, float]] = {
     "bitsandbytes-eval": {1: 1.0, 4: 1.0},
     "hqq": {1: 20.0, 4: 20.0},
     "gptqmodel": {1: 20.0, 4: 20.0},
+    "llama-q4_0": {1: 1.0, 4: 1.0},
+    "llama-q2_k": {1: 1.0, 4: 1.0},
+    "llama-iq2_xxs": {1: 1.0, 4: 1.0},
 }
 """How many times faster than these modq must be, by rows."""
+
+NEAREST = {
+    "llama-q4_0": ("modq-nf4", "modq-affine-4"),
+    "llama-q2_k": ("modq-affine-2",),
+    "llama-iq2_xxs": ("modq-e8p",),
+}
+"""What a system is compared with, where that is not all of ours."""
 
 MANY_TARGETS = {256: 1.10, 1024: 1.05, 2048: 1.03}
 """The most times that a forward with its backward may take of dense float32's, by rows."""
@@ -103,8 +113,7 @@ def render(results: Mapping[str, Any]) -> str:
     parts = [
         "Times are those of single calls; a figure is the median over rounds of their medians, a ratio that "
         "of these medians, with the least and the greatest of the rounds. Calls go around copies of a weight "
-        f"that take {CACHES} times the last cache. A star marks what has only polluted series. llama.cpp is "
-        "not among the peers.",
+        f"that take {CACHES} times the last cache. A star marks what has only polluted series.",
         *_one_row(series, shapes),
         *_few_rows(series, shapes[:1]),
         *_many_rows(series, shapes[:1]),
@@ -197,7 +206,10 @@ def _few_targets(theirs: Sequence[str]) -> str:
 
 def _few_rows_of(series: Series, system: str, theirs: Sequence[str], point: str) -> list[str]:
     count, here = int(point.split()[1]), (system, point)
-    ratios = {name: series.ratio((name, point), here) for name in theirs}
+    ratios = {
+        name: series.ratio((name, point), here) if system in NEAREST.get(name, (system,)) else None
+        for name in theirs
+    }
     missed = [
         name
         for name, ratio in ratios.items()

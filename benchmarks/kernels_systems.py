@@ -33,6 +33,7 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "bitsandbytes": ("bitsandbytes",),
     "hqq": ("hqq",),
     "gptqmodel": ("gptqmodel",),
+    "llama": ("llama-cpp-python",),
 }
 """Whose versions the results state, by the first part of a system's name."""
 
@@ -184,6 +185,20 @@ def _gptqmodel(shape: tuple[int, int], dtype: torch.dtype) -> Work:
     return Work((layer.qweight, layer.scales), nbytes, forward)
 
 
+def _llama(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> Work:
+    from benchmarks.ggml import matrix
+
+    weight = matrix(shape, kind)
+    for rows in (1, 4, 16):  # a graph is made once for each copy: not while it is timed
+        weight.graph(rows)
+
+    def forward(copy: Any, x: Tensor) -> Tensor:
+        copy.run(len(x))
+        return x
+
+    return Work(weight, len(weight.data), forward)
+
+
 MAKE: Mapping[str, Callable[[tuple[int, int], torch.dtype], Work]] = {
     "read": _read,
     "dense-bf16": _dense,
@@ -194,6 +209,7 @@ MAKE: Mapping[str, Callable[[tuple[int, int], torch.dtype], Work]] = {
     "bitsandbytes-eval": _bitsandbytes_eval,
     "hqq": _hqq,
     "gptqmodel": _gptqmodel,
+    **{f"llama-{kind}": partial(_llama, kind) for kind in ("q4_0", "q2_k", "iq2_xxs")},
 }
 """((out, in), dtype of x) -> the weight, as the system holds it."""
 

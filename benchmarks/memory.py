@@ -4,6 +4,7 @@ The shapes are those of LLaMA 7B to 65B, with a vocabulary of 32000 and a head o
 checkpoint is made of random bytes, a decoder layer at a time, so that no dense weight ever exists; the
 process that is measured loads it, puts LoRA of rank 8 on every linear, and takes one step of AdamW: batch 1,
 128 tokens, gradient checkpointing, float32 for the adapter. Pages of mapped files count as far as resident.
+The environment has MALLOC_MMAP_THRESHOLD_, see below.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from benchmarks.training import environment
 
 MODULE = "benchmarks.memory_cell"
 TOKENS = 128
+
+MMAP_SWITCH, MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_", 1 << 18
+"""Freed pieces of so many bytes go back to the system at once, as docs/guide/memory.md advises: by default
+glibc keeps those of up to 32 MiB, between which gradients then come to lie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +93,10 @@ def _cell(job: str, system: str, shape: str, dtype: str, given: argparse.Namespa
         "target": base.targets.get(shape) if sizes == whole else None,
         "dtype": dtype,
         "tokens": given.tokens,
+        "mmap_threshold": MMAP_THRESHOLD,
         "threads": given.threads,
         "checkpoint": str(work / f"memory-{system}-{shape}-{sizes.layers}"),
     }
     name = f"{job} {shape} {system}" + ("" if dtype == "bfloat16" else f" {dtype}")
-    return Cell(name, MODULE, settings, None, environment("modq", given.threads))
+    variables = {**environment("modq", given.threads), MMAP_SWITCH: str(MMAP_THRESHOLD)}
+    return Cell(name, MODULE, settings, None, variables)

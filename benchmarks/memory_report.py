@@ -21,12 +21,19 @@ def render(results: Mapping[str, Any]) -> str:
     parts = [
         "One optimizer step of LoRA, rank 8, on all linears; the peak resident memory of the whole process, "
         "mapped pages included. GB are 10^9 bytes.",
+        *_malloc(steps),
         table(head, rows),
         *_parts(prepared.values()),
         *dict.fromkeys(f"{each.cell.settings['system']}: {each.cell.settings['setting']}." for each in steps),
         *(f"- not run: {each.cell.name}: {each.not_run}" for each in runs if each.not_run),
     ]
     return "\n\n".join(parts)
+
+
+def _malloc(steps: Sequence[Runs]) -> Iterator[str]:
+    """Say what the C library was told, if it was."""
+    for threshold in sorted({each.cell.settings.get("mmap_threshold", 0) for each in steps} - {0}):
+        yield f"MALLOC_MMAP_THRESHOLD_ was {threshold}, as the guide to memory advises for large models."
 
 
 def _key(runs: Runs) -> tuple[Any, ...]:

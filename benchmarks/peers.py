@@ -42,6 +42,8 @@ PEERS = {
         Peer("hqq", ("hqq==0.2.8.post1",)),
         # 7.7.0 wants torch 2.14. transformers loads its checkpoints through optimum.
         Peer("gptqmodel", ("gptqmodel==7.6.0", "optimum==2.3.0"), {"MAX_JOBS": "2"}),
+        # Its wheels are not on PyPI: this compiles for some minutes.
+        Peer("llamacpp", ("llama-cpp-python==0.3.36",), {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}),
     )
 }
 

@@ -223,6 +223,15 @@ def test_few_rows_name_the_peers_whose_target_is_missed(ours: float, missed: str
     assert "No peer is ahead of modq's weights of its kind at any of 1 points" in report
 
 
+def test_llama_cpps_types_are_held_against_the_nearest_of_ours_only() -> None:
+    point = "8x8 1 forward bfloat16"
+    names = {"modq-affine-4": 0.5, "modq-affine-2": 2.0, "llama-q4_0": 1.0, "llama-q2_k": 1.0}
+    runs = [measured(name, (median, 1.0), point=point) for name, median in names.items()]
+    report = kernels_report.render({"cells": runner.results(runs)})
+    assert row_of(report, "1, modq-affine-4")[2:] == ["2.00", "-", "-"]
+    assert row_of(report, "1, modq-affine-2")[2:] == ["-", "0.50", "llama-q2_k"]
+
+
 @pytest.mark.parametrize(("ours", "shown"), [(1.04, "1.04 met"), (1.06, "1.06 NOT MET")])
 def test_many_rows_are_divided_by_dense_float32(ours: float, shown: str) -> None:
     runs = [

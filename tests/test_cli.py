@@ -90,7 +90,7 @@ class TestListBackends:
 
     def test_json_is_one_document_and_nothing_else(self) -> None:
         document = json.loads(succeed("list-backends", "--json").stdout)
-        assert (document["schema"], document["modq"], document["api"]) == (1, modq.__version__, "1.0")
+        assert (document["schema"], document["modq"], document["api"]) == (1, modq.__version__, "1.1")
         nf4 = next(backend for backend in document["backends"] if backend["name"] == "nf4")
         assert nf4["status"] == "ok"
         assert nf4["reason"] is None

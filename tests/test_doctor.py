@@ -61,7 +61,7 @@ def backend(name: str, **more: Any) -> Backend:
 
 def test_json_is_one_document_that_says_what_is_here() -> None:
     document = json.loads(succeed("doctor", "--json").stdout)
-    assert (document["schema"], document["modq"], document["api"]) == (1, modq.__version__, "1.0")
+    assert (document["schema"], document["modq"], document["api"]) == (1, modq.__version__, "1.1")
     packages = {package["name"]: package for package in document["packages"]}
     assert packages["torch"]["version"] == torch.__version__
     assert packages["torch"]["fits"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +103,37 @@ def test_the_measure_sees_a_dense_copy(checkpoints) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout.splitlines()[-1])["peak"] > 3 * quantized["peak"]
+
+
+FRAGMENTS = """
+import sys
+import torch
+from modq.train.memory import give_back_large_pieces
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+if sys.argv[1] == "give back":
+    give_back_large_pieces()
+torch.zeros(1 << 22)  # freed, it has glibc keep pieces of up to its size
+before, kept = anonymous(), []
+for _ in range(40):
+    large = torch.zeros(1 << 20)
+    kept.append((large, torch.zeros(1 << 12)))
+kept = [small for _, small in kept]
+del large
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_freed_pieces_between_kept_ones_go_back_to_the_system() -> None:
+    left = {}
+    for way in ("give back", "keep"):
+        environment = {k: v for k, v in os.environ.items() if k != "MALLOC_MMAP_THRESHOLD_"}
+        command = [sys.executable, "-c", FRAGMENTS, way]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        left[way] = int(done.stdout)
+    assert left["give back"] < 20 * MB
+    assert left["keep"] > 100 * MB  # of 160: else this shows nothing

@@ -39,6 +39,8 @@ FEW = 4
 MOST_BOUND = 4096
 """Layers of one kind whose products are kept looked up."""
 
+_UNKNOWN: Any = object()
+
 _SCHEMA = "(Tensor x, Tensor[] tensors, str handle) -> Tensor"
 
 
@@ -145,11 +147,12 @@ class _Kind:
         ):
             return None
         key = (x.dtype, *[tensor.data_ptr() for tensor in tensors])
-        if key not in self._bound:
+        product = self._bound.get(key, _UNKNOWN)
+        if product is _UNKNOWN:
+            product = self._layout.few_rows(self.qweight(tensors).tensors, x.dtype)
             if len(self._bound) >= MOST_BOUND:
                 self._bound.clear()
-            self._bound[key] = self._layout.few_rows(self.qweight(tensors).tensors, x.dtype)
-        product = self._bound[key]
+            self._bound[key] = product
         if product is None:
             return None
         y = x.new_empty((*x.shape[:-1], out_features))

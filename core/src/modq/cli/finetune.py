@@ -124,6 +124,7 @@ def _finetune(
 
     with quiet():
         from modq.train.finetune import Job, finetune
+        from modq.train.memory import give_back_large_pieces
         from modq.train.processes import is_main, part
         from modq.train.sft import LoraRecipe
 
@@ -138,6 +139,7 @@ def _finetune(
             max_length=max_length,
             recipe=LoraRecipe(**recipe, target_modules=targets, max_steps=max_steps or -1),
         )
+        give_back_large_pieces()
         with showing_progress("step") as show:
 
             def report(progress: Progress) -> None:

@@ -106,11 +106,12 @@ Status by_rows(int64_t rows, int64_t m, int64_t numbers, Matrix y, Work work) {
             __atomic_store_n(&status, out_of_memory, __ATOMIC_RELAXED);
             return;
         }
-        for (int64_t block, end; next_share(&block, &end);)
-        for (; block < end; ++block) {
-            int64_t row = block * kRows, stop = row + kRows < rows ? row + kRows : rows;
-            for (int64_t r = row; r < stop; ++r) work(r, space.data(), lines.data() + (r - row), kRows);
-            for (int64_t i = 0; i < m; ++i) y.write(i, row, stop - row, lines.data() + i * kRows);
+        for (int64_t block, end; next_share(&block, &end);) {
+            for (; block < end; ++block) {
+                int64_t row = block * kRows, stop = row + kRows < rows ? row + kRows : rows;
+                for (int64_t r = row; r < stop; ++r) work(r, space.data(), lines.data() + (r - row), kRows);
+                for (int64_t i = 0; i < m; ++i) y.write(i, row, stop - row, lines.data() + i * kRows);
+            }
         }
     });
     return status;

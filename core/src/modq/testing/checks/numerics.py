@@ -175,6 +175,10 @@ def the_core_can_multiply_in_its_place(subject: Subject) -> None:
             through_the_core = matmul(x, qweight, transpose)
             because = f"modq.matmul against the hook, {dtype}, {variant}, {shape}"
             same_bits(_name(transpose), through_the_core, _product(subject, x, qweight, transpose), because)
+        for rows, dtype in product((1, 3), DTYPES):  # few enough for what `layout` may have them bound to
+            x = _x(shape, False, rows, dtype=dtype)
+            because = f"modq.matmul of {rows} rows, {dtype}, {variant}, {shape}"
+            _compare(matmul(x, qweight), x, exact, False, because)
 
 
 # Weights
