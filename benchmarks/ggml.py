@@ -2,7 +2,7 @@
 
 A weight lies as llama.cpp holds it after loading on a CPU: repacked for its matrix kernels where it has these
 for the type. Only the run of the graph is timed, on threads of its own that it keeps: x stands in place, in
-float32.
+float32, and is zero, on which no time depends.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ TYPES = {"q4_0": 2, "q2_k": 10, "iq2_xxs": 16}
 """ggml's numbers of them."""
 
 REPACKED = ("q4_0",)
-"""The types that llama.cpp lays out anew on a CPU with AVX2."""
+"""The types that llama.cpp lays out anew on a CPU with AVX2; to ask for another ends in a crash."""
 
 SAMPLE_ROWS = 64
 """Rows that are quantized; a weight repeats them, for its speed does not depend on what is in it."""
 
-_NODES = 64
 _CONTEXT_BYTES = 1 << 20  # descriptions only: the data lies in buffers
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks import ggml
+
 GROUP = 128
 """Weights that share a scale in the peers, as in modq-affine-4."""
 
@@ -186,9 +188,7 @@ def _gptqmodel(shape: tuple[int, int], dtype: torch.dtype) -> Work:
 
 
 def _llama(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> Work:
-    from benchmarks.ggml import matrix
-
-    weight = matrix(shape, kind)
+    weight = ggml.matrix(shape, kind)
     for rows in (1, 4, 16):  # a graph is made once for each copy: not while it is timed
         weight.graph(rows)
 
@@ -209,7 +209,7 @@ MAKE: Mapping[str, Callable[[tuple[int, int], torch.dtype], Work]] = {
     "bitsandbytes-eval": _bitsandbytes_eval,
     "hqq": _hqq,
     "gptqmodel": _gptqmodel,
-    **{f"llama-{kind}": partial(_llama, kind) for kind in ("q4_0", "q2_k", "iq2_xxs")},
+    **{f"llama-{kind}": partial(_llama, kind) for kind in ggml.TYPES},
 }
 """((out, in), dtype of x) -> the weight, as the system holds it."""
 

@@ -26,15 +26,13 @@ import torch
 from torch import Tensor
 
 from modq.errors import DtypeError, ShapeError
+from modq.kernels.crossing import SURELY_FUSED
 from modq.registry import check_format_version, load
 from modq.spec import FewRows, Layout, QuantizedWeight, TensorSpec
 
 _HELD = (torch.uint8, torch.int8, torch.int32, torch.int64)
 """What packed tensors may be held in. Floats would follow dtype moves; other integers no collective of gloo
 or NCCL takes, so a model that holds them trains in one process only."""
-
-FEW = 4
-"""Rows of x that are few on every machine: what looking up takes then counts."""
 
 MOST_BOUND = 4096
 """Layers of one kind whose products are kept looked up."""
@@ -122,13 +120,21 @@ class _Kind:
         self.meta: dict[str, Any] = content["meta"]
         self.dtypes = {name: getattr(torch, dtype) for name, dtype in sorted(content["dtypes"].items())}
         self.hooks: pluggy.HookRelay = load(self.backend)
-        self.matmul = first_result(self.hooks.matmul)
+        self._matmul = first_result(self.hooks.matmul)
         check_format_version(self.backend, self.format_version)
         fallback_only = all(each.trylast for each in self.hooks.matmul.get_hookimpls())
         self._layout: Layout | None = (
             self.hooks.layout(shape=self.shape, meta=self.meta) if fallback_only else None
         )
         self._bound: dict[tuple[Any, ...], FewRows | None] = {}
+
+    def matmul(self, x: Tensor, tensors: Sequence[Tensor], transpose: bool) -> Tensor:
+        """Multiply by the layout that was looked up for all weights of the kind, or by the hook."""
+        qweight = self.qweight(tensors)
+        if self._layout is not None:
+            return self._layout.matmul(x, qweight.tensors, transpose)
+        y: Tensor = self._matmul(x=x, qweight=qweight, transpose=transpose)
+        return y
 
     def few_rows(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
         """Return x @ Ŵ.T for a few rows on a CPU, or None if this is something else.
@@ -142,7 +148,7 @@ class _Kind:
             self._layout is None
             or type(x) is not Tensor
             or not x.is_cpu
-            or not 0 < x.numel() <= FEW * in_features
+            or not 0 < x.numel() <= SURELY_FUSED * in_features
             or not x.is_contiguous()
         ):
             return None
@@ -253,7 +259,7 @@ def _product(x: Tensor, tensors: list[Tensor], handle: str, transpose: bool) -> 
     if y is not None:
         return y
     with without_autocast(x.device):
-        y = kind.matmul(x=x, qweight=kind.qweight(tensors), transpose=transpose)
+        y = kind.matmul(x, tensors, transpose)
     return _own(y)
 
 
